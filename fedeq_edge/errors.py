@@ -1,0 +1,65 @@
+"""Every error that fedeq-edge raises on purpose, as one tree.
+
+    FedEqError
+    ├── ConfigError            a setting, a file or an option of the user's
+    ├── DataError              a data set that cannot be used as it is
+    ├── WireError              bytes that do not follow the protocol
+    │   ├── LocalWireError     we were about to send them
+    │   └── RemoteWireError    somebody sent them to us
+    ├── TransportError         broker refused, unreachable, or packet over its limit
+    ├── ContributionError      a contribution that the aggregator refuses; `code` names the reason
+    ├── SolverError            a solve that was asked to raise (`throw=True`)
+    ├── ExportError            a model that could not be exported, or failed its check
+    └── StateError             a state folder that is damaged, locked or of another federation
+
+The message of each says what, where, and what to change, in one line: command-line shells print it as it is.
+Anything else that surfaces is a defect of ours and keeps its traceback.
+"""
+
+
+class FedEqError(Exception):
+    """Base of all errors raised on purpose; its text is a complete sentence for the user."""
+
+
+class ConfigError(FedEqError):
+    """A setting, file or option cannot be used."""
+
+
+class DataError(FedEqError):
+    """A data set cannot be used."""
+
+
+class WireError(FedEqError):
+    """Bytes do not follow the protocol."""
+
+
+class LocalWireError(WireError):
+    """We were asked to send something that the protocol forbids."""
+
+
+class RemoteWireError(WireError):
+    """Somebody sent us something that the protocol forbids."""
+
+
+class TransportError(FedEqError):
+    """The broker cannot be reached, refuses us, or would refuse a packet."""
+
+
+class ContributionError(FedEqError):
+    """A contribution is refused. `code` is the machine-readable reason, the text names device and round."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class SolverError(FedEqError):
+    """A solve did not converge and the caller asked for an exception."""
+
+
+class ExportError(FedEqError):
+    """A model could not be exported, or the exported file failed its check."""
+
+
+class StateError(FedEqError):
+    """A state folder is damaged, locked by another process, or belongs to another federation."""

@@ -1,0 +1,148 @@
+"""What one round asks of a device and what the device gives back: the seam between algorithm and backend.
+
+A `Learner` owns one device's data and model. Vectors are flat float32 arrays:
+
+    theta  (p,)  the equilibrium part (stem and cell)
+    head   (h,)  the explicit layers after the equilibrium
+    z      (s,)  the consensus: theta alone (`heads = "personal"`, s = p) or theta then head
+                 (`heads = "consensus_refit"`, s = p + h)
+
+Source of names and steps: algorithm.md, section 4 (weighted consensus ADMM) after FeDEQ, arXiv 2309.15659.
+"""
+
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32]
+Heads = Literal["personal", "consensus_refit"]
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """Solver work for one sample: `forward` cell evaluations K (>= 1), `adjoint` terms k (>= 0; 0 is JFB)."""
+
+    forward: int
+    adjoint: int
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every device does with a round; set by the aggregator, travels in the manifest.
+
+    rounds: length of the federation, for the learning-rate schedule. epochs: local passes over the data.
+    learning_rate decays by a half cosine over the rounds to `learning_rate * final_rate`.
+    clip: largest norm of the loss's gradient over theta and head together.
+    kappa: rho of algorithm.md section 4, the ADMM penalty before quality weighting.
+    budgets: the range of K over which the fleet trains; a device draws K per batch from those that it can afford.
+    adjoint_ratio: k is about K times this. compute_s: device seconds that training may take in one round.
+    refit_steps: Adam steps on cached equilibrium features when a head is fitted (`refit_rate` its step size).
+    compare_local: at the end, train alone from the same start with the same number of steps, for comparison.
+    """
+
+    rounds: int = 15
+    epochs: int = 1
+    batch: int = 16
+    learning_rate: float = 0.1
+    final_rate: float = 0.1
+    momentum: float = 0.9
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    kappa: float = 0.1
+    heads: Heads = "personal"
+    duals: bool = True
+    proximal: bool = True
+    budgets: tuple[int, ...] = (2, 3, 4, 6, 8, 12)
+    adjoint_ratio: float = 0.4
+    compute_s: float = 30.0
+    refit_steps: int = 100
+    refit_rate: float = 0.01
+    compare_local: bool = False
+    ditto: float = 0.0
+
+
+class LocalTask(msgspec.Struct, frozen=True, kw_only=True):
+    """One round's work for one device. z, nu: (s,) float32; head: (h,) float32; kappa > 0; seed picks batches."""
+
+    round: int
+    z: Vector
+    nu: Vector
+    kappa: float
+    head: Vector
+    seed: int
+
+
+class LocalResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device knows after a round. difference = theta_i - z, (s,) float32, before coding.
+
+    loss: mean training loss over the last epoch. residual, backward_residual: means over the last epoch of the
+    forward relative residual and of the last adjoint term relative to the sum. budget: the most that a batch used.
+    accuracy_consensus: z with the head as received, on this device's test part (NaN without one).
+    seconds: device seconds spent (emulated devices: scaled), reduced: budget was lowered while the round ran.
+    """
+
+    difference: Vector
+    head: Vector
+    loss: float
+    residual: float
+    backward_residual: float
+    budget: Budget
+    steps: int
+    seconds: float
+    reduced: bool
+    accuracy_consensus: float
+
+
+class Personal(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's own model after the federation: consensus theta with a head refitted on its data.
+
+    accuracy_*: on the test part, NaN without one. budget: the K with the lowest training loss that it affords.
+    local_only: accuracy of training alone with the same number of steps (None unless the plan asks for it).
+    """
+
+    theta: Vector
+    head: Vector
+    budget: Budget
+    residual: float
+    accuracy_personal: float
+    accuracy_consensus: float
+    local_only: float | None
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured cost of this model on this device, seconds for one batch of `batch` samples.
+
+    step_s = fixed_s + K * evaluation_s + k * adjoint_s  (one training step; least squares over several K and k).
+    slowdown: factor applied for an emulated board (1.0 on the real device).
+    """
+
+    batch: int
+    fixed_s: float
+    evaluation_s: float
+    adjoint_s: float
+    slowdown: float = 1.0
+
+
+class Learner(Protocol):
+    """One device's data and model behind a backend (torch today; ONNX graphs later)."""
+
+    @property
+    def samples(self) -> int:
+        """Number of training samples n_i."""
+        ...
+
+    def initial_head(self) -> Vector:
+        """The head that a device starts from, (h,) float32."""
+        ...
+
+    def calibrate(self) -> Calibration:
+        """Measure this model's cost here; takes about a second."""
+        ...
+
+    def train(self, task: LocalTask) -> LocalResult:
+        """Personal step, shared step (algorithm.md section 4, steps 2 and 3)."""
+        ...
+
+    def personalise(self, z: Vector, head: Vector) -> Personal:
+        """Refit the head on cached equilibrium features of z and evaluate."""
+        ...
