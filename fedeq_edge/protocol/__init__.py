@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Sans-IO state machines of a federation: events in, actions out, time is an argument."""

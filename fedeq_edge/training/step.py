@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
 Heads = Literal["personal", "consensus_refit"]
+HeadStep = Literal["joint", "refit"]
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,9 +36,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     clip: largest norm of the loss's gradient over theta and head together.
     kappa: rho of algorithm.md section 4, the ADMM penalty before quality weighting.
     budgets: the range of K over which the fleet trains; a device draws K per batch from those that it can afford.
+    head_step: "joint" trains head and theta by the same steps; "refit" fits the head to cached features before the
+    shared step and keeps it there (the alternation of FedRep, arXiv 2102.07078; for personal heads).
     adjoint_ratio: k is about K times this. compute_s: device seconds that training may take in one round.
     refit_steps: Adam steps on cached equilibrium features when a head is fitted (`refit_rate` its step size).
     compare_local: at the end, train alone from the same start with the same number of steps, for comparison.
+    ditto: lambda > 0 makes the personal theta argmin F_i + lambda/2 |theta - z|^2, trained from the final z
+    (Ditto, arXiv 2012.04221, objective 1, whose second level needs only the last z); 0 makes it z.
     """
 
     rounds: int = 15
@@ -50,6 +55,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     weight_decay: float = 0.0
     kappa: float = 0.1
     heads: Heads = "personal"
+    head_step: HeadStep = "joint"
     duals: bool = True
     proximal: bool = True
     budgets: tuple[int, ...] = (2, 3, 4, 6, 8, 12)
@@ -96,7 +102,7 @@ class LocalResult(msgspec.Struct, frozen=True, kw_only=True):
 class Personal(msgspec.Struct, frozen=True, kw_only=True):
     """A device's own model after the federation: consensus theta with a head refitted on its data.
 
-    accuracy_*: on the test part, NaN without one. budget: the K with the lowest training loss that it affords.
+    accuracy_*: on the test part, NaN without one. budget: the middle of the K that it affords.
     local_only: accuracy of training alone with the same number of steps (None unless the plan asks for it).
     """
 

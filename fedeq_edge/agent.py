@@ -1,0 +1,318 @@
+"""The agent on a device: a small always-on link process, and a trainer process only while there is training to do.
+
+The link owns the connection, the client's state machine and its state on disk; it imports neither torch nor
+onnxruntime and rests at about 40 MB. `fedeq agent run` checks settings and data and then becomes this program
+(`python -m fedeq_edge.agent SETTINGS SAMPLES`), so that what checking needed is not carried along.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from fedeq_edge import logs, modelfile, settings
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.errors import ConfigError, FedEqError, TransportError
+from fedeq_edge.hardware.memory import peak_rss_bytes, rss_bytes
+from fedeq_edge.hardware.profiles import load_profile
+from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Note, Personalise, Publish, Save, Train
+from fedeq_edge.protocol.client import Client, Identity, Usage
+from fedeq_edge.settings import AgentSettings
+from fedeq_edge.storage import ClientFolder, locked
+from fedeq_edge.training import exchange
+from fedeq_edge.training.step import Personal, Plan
+from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Will
+from fedeq_edge.transport.mqtt import MqttTransport
+from fedeq_edge.wire.messages import Manifest
+from fedeq_edge.wire.topics import Topics
+
+log = logging.getLogger(__name__)
+
+PERSONAL: Final = "personal.fedeq"
+_TICK_S: Final = 2.0  # retries are 10 s apart; a device at rest should hardly wake
+_TRAINER_END_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """A reply of the trainer, or None when it has ended."""
+
+    trainer: "TrainerProcess"
+    reply: exchange.Reply | None
+
+
+class TrainerProcess:
+    """A running trainer and the thread that reads its replies into the agent's queue."""
+
+    def __init__(self, setup: exchange.Setup, log_path: Path, inbox: "queue.SimpleQueue[object]") -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
+        with log_path.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fedeq_edge.trainer"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env=environment,
+            )
+        self._inbox = inbox
+        self.idle_since: float | None = None
+        self.ready = False
+        threading.Thread(target=self._read, name="trainer replies", daemon=True).start()
+        self.ask(setup)
+
+    def ask(self, request: exchange.Request) -> None:
+        """Send a request; a trainer that is gone shows in its missing reply."""
+        self.idle_since = None
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            exchange.write(self._process.stdin, request)  # type: ignore[arg-type]  # a pipe of bytes
+
+    def end(self) -> int:
+        """Close its stdin, wait, kill if it must be; returns its exit status."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            return self._process.wait(_TRAINER_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        while (reply := exchange.read_reply(self._process.stdout)) is not None:  # type: ignore[arg-type]
+            self._inbox.put(_Reply(self, reply))
+        self._inbox.put(_Reply(self, None))
+
+
+class Agent:
+    """One device: its link, its state machine, its trainer."""
+
+    def __init__(self, path: Path, chosen: AgentSettings, samples: int) -> None:
+        self._settings = chosen
+        self._data = settings.resolve(path, chosen.data)
+        self._folder = settings.resolve(path, chosen.state)
+        self._slowdown = _slowdown(chosen)
+        self._topics = Topics(chosen.federation)
+        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._store = ClientFolder(self._folder)
+        identity = Identity(
+            device=chosen.device,
+            boot=secrets.token_hex(8),
+            samples=samples,
+            profile=chosen.profile,
+            emulated=chosen.emulate,
+        )
+        self._client = Client(identity, self._topics, self._store.load())
+        self._transport = MqttTransport(
+            chosen.broker.endpoint(),
+            f"{chosen.federation}-{chosen.device}",
+            (self._topics.manifest, self._topics.aggregator, self._topics.down(chosen.device)),
+            will=self._farewell(),
+        )
+        self._manifest: Manifest | None = None
+        self._trainer: TrainerProcess | None = None
+        self._rss_idle = 0
+        self._rss_peak_trainer = 0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._inbox.put(None))
+        with locked(self._folder):
+            self._transport.start(self._inbox.put)
+            log.info("agent is up", extra={"device": self._settings.device, "federation": self._settings.federation})
+            try:
+                while not self._stopping:
+                    self._step()
+            finally:
+                if self._trainer is not None:
+                    self._trainer.end()
+                self._transport.stop(self._farewell())
+                log.info("agent has left", extra={"device": self._settings.device})
+
+    def _step(self) -> None:
+        try:
+            event = self._inbox.get(timeout=_TICK_S)
+        except queue.Empty:
+            self._rest()
+            self._carry_out(self._client.tick(time.monotonic()))
+            return
+        if event is None:
+            self._stopping = True
+        elif isinstance(event, _Reply):
+            self._on_reply(event)
+        elif isinstance(event, Connected | Disconnected | Arrived):
+            self._on_event(event)
+
+    def _on_event(self, event: Event) -> None:
+        now = time.monotonic()
+        if isinstance(event, Connected):
+            self._carry_out(self._client.connected(now))
+        elif isinstance(event, Disconnected):
+            log.warning("disconnected; trying again", extra={"reason": event.reason})
+        else:
+            self._carry_out(self._client.arrived(event.topic, event.payload, now))
+
+    # The trainer
+
+    def _on_reply(self, event: _Reply) -> None:
+        if event.trainer is not self._trainer:
+            return  # of one that we have ended ourselves
+        reply, now = event.reply, time.monotonic()
+        event.trainer.idle_since = now
+        if isinstance(reply, exchange.Ready | exchange.Done | exchange.Fitted):
+            self._rss_peak_trainer = max(self._rss_peak_trainer, reply.rss_peak)
+        if isinstance(reply, exchange.Ready):
+            event.trainer.ready = True
+            event.trainer.idle_since = None  # the work it was started for follows in its pipe
+        elif isinstance(reply, exchange.Done):
+            self._carry_out(self._client.trained(reply.result, self._usage(), now))
+        elif isinstance(reply, exchange.Fitted):
+            self._keep_personal(reply.personal)
+            self._carry_out(self._client.personalised(reply.personal, self._usage(), now))
+        elif isinstance(reply, exchange.Failed):
+            if not event.trainer.ready:
+                self._end_trainer()  # its set-up failed; the next task starts another
+            self._carry_out(self._client.failed(reply.reason))
+        else:
+            self._trainer = None
+            status = event.trainer.end()
+            self._carry_out(self._client.failed(_how_it_ended(status, self._folder / "trainer.log")))
+
+    def _ask(self, request: exchange.Request) -> None:
+        if self._trainer is None:
+            try:
+                self._trainer = TrainerProcess(self._setup(), self._folder / "trainer.log", self._inbox)
+            except (ConfigError, msgspec.ValidationError) as error:
+                self._carry_out(self._client.failed(f"manifest cannot be used here: {error}"))
+                return
+        self._trainer.ask(request)
+
+    def _setup(self) -> exchange.Setup:
+        assert self._manifest is not None
+        return exchange.Setup(
+            spec=msgspec.convert(self._manifest.model, ModelSpec),
+            plan=msgspec.convert(self._manifest.plan, Plan),
+            data=str(self._data),
+            cache=str(self._folder / "calibration"),
+            profile=self._settings.profile,
+            slowdown=self._slowdown,
+            shared=self._settings.emulate,
+            seed=self._manifest.seed,
+        )
+
+    def _end_trainer(self) -> None:
+        if self._trainer is not None:
+            trainer, self._trainer = self._trainer, None
+            trainer.end()
+
+    def _rest(self) -> None:
+        """Nothing has happened for a while: let an idle trainer go, note how much we need at rest."""
+        trainer = self._trainer
+        if trainer is None:
+            self._rss_idle = rss_bytes()
+        elif trainer.idle_since is not None and time.monotonic() - trainer.idle_since > self._settings.trainer_idle_s:
+            self._end_trainer()
+
+    # What the machine asks for
+
+    def _carry_out(self, actions: list[ClientAction]) -> None:
+        for action in actions:
+            if isinstance(action, Publish):
+                self._publish(action)
+            elif isinstance(action, Save):
+                self._store.save(action.state)
+            elif isinstance(action, Note):
+                log.info(action.event, extra=dict(action.facts))
+            elif isinstance(action, Configure):
+                self._manifest = action.manifest
+                self._end_trainer()
+            elif isinstance(action, Train):
+                self._note_rss()
+                self._ask(exchange.Work(task=action.task))
+            elif isinstance(action, Personalise):
+                self._ask(exchange.Fit(z=action.z, head=action.head))
+            elif isinstance(action, Finished):
+                log.info("the federation has finished")
+                self._end_trainer()
+
+    def _publish(self, action: Publish) -> None:
+        try:
+            self._transport.publish(action.topic, action.payload, retain=action.retain)
+        except TransportError as error:
+            log.error("cannot publish", extra={"reason": str(error)})
+
+    def _keep_personal(self, personal: Personal) -> None:
+        assert self._manifest is not None
+        model = modelfile.ModelFile(
+            spec=msgspec.convert(self._manifest.model, ModelSpec),
+            theta=personal.theta,
+            head=personal.head,
+            budget=personal.budget,
+            run=self._manifest.run,
+            round=self._manifest.round,
+            device=self._settings.device,
+        )
+        modelfile.write(self._folder / PERSONAL, model)
+
+    # Small things
+
+    def _farewell(self) -> Will:
+        return Will(topic=self._topics.state(self._settings.device), payload=self._client.offline())
+
+    def _note_rss(self) -> None:
+        if not self._rss_idle:  # asked to work before the first rest
+            self._rss_idle = rss_bytes()
+
+    def _usage(self) -> Usage:
+        traffic = self._transport.traffic()
+        return Usage(
+            wire_up=traffic.up,
+            wire_down=traffic.down,
+            rss_idle=self._rss_idle,
+            rss_peak=peak_rss_bytes() + self._rss_peak_trainer,
+        )
+
+
+def _slowdown(chosen: AgentSettings) -> float:
+    if not chosen.emulate:
+        return 1.0
+    if not chosen.profile:
+        raise ConfigError(f"device {chosen.device}: emulate = true needs a profile; `fedeq device list` shows them")
+    return 1.0 / load_profile(chosen.profile).relative_speed
+
+
+def _how_it_ended(status: int, log_path: Path) -> str:
+    if status == -signal.SIGKILL:
+        return "trainer was killed (out of memory?); use a smaller model or batch, or add swap"
+    lines = log_path.read_text(errors="replace").strip().splitlines() if log_path.exists() else []
+    return f"trainer ended with status {status}: {lines[-1] if lines else 'no message'} (all of it in {log_path})"
+
+
+def main(arguments: list[str]) -> int:
+    """Run with the settings file and the number of training samples; for `fedeq agent run`, which checks both."""
+    logs.configure()
+    path = Path(arguments[0])
+    try:
+        Agent(path, settings.load(path, AgentSettings), int(arguments[1])).run()
+    except FedEqError as error:
+        print(f"fedeq: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,162 @@
+"""The layers of an equilibrium model: a stem computes the injection once, a cell's `step` is one evaluation of f.
+
+Nothing that the loop leaves unchanged happens inside `step`. Parameters are made on the meta device, which draws no
+random numbers; `model.DEQ` puts views of its flat vectors in their place. z, injection: shape (B, *spec.state_shape).
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedeq_edge.deq.spec import CELL_KERNEL, Convolution, ModelSpec
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "softplus": functional.softplus}
+
+
+class Cell(Protocol):
+    """One equilibrium layer z = f(z, injection), batched: samples do not influence one another."""
+
+    def start(self, injection: Tensor) -> Tensor:
+        """z_0."""
+        ...
+
+    def step(self, z: Tensor, injection: Tensor) -> Tensor:
+        """f(z, injection): the unit in which budgets count."""
+        ...
+
+
+class Stem(nn.Module):
+    """From samples x (B, *input_shape) to the injection: fixed normalisation, then the learned map."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.normalises = bool(spec.shift or spec.scale)
+        self.register_buffer("shift", _per_channel(spec.shift or (0.0,), spec.spatial), persistent=False)
+        self.register_buffer("scale", _per_channel(spec.scale or (1.0,), spec.spatial), persistent=False)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """(x - shift) / scale, per channel."""
+        return (x - self.shift) / self.scale if self.normalises else x
+
+
+class AffineStem(Stem):
+    """u = U x + b with U dense or one strided convolution."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.map = (
+            _convolution(spec.stem_stages[0], spec.spatial, bias=True)
+            if spec.spatial
+            else nn.Linear(spec.input_shape[0], spec.channels, device="meta")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Injection (B, *state_shape)."""
+        injection: Tensor = self.map(self.normalise(x))
+        return injection
+
+
+class TwoStageStem(Stem):
+    """u = GN(conv(relu(GN(conv x)))), both convolutions strided and without bias."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        first, second = spec.stem_stages
+        self.conv1 = _convolution(first, spec.spatial, bias=False)
+        self.norm1 = _norm(spec, first.outputs)
+        self.conv2 = _convolution(second, spec.spatial, bias=False)
+        self.norm2 = _norm(spec, second.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Injection (B, *state_shape)."""
+        hidden = torch.relu(self.norm1(self.conv1(self.normalise(x))))
+        injection: Tensor = self.norm2(self.conv2(hidden))
+        return injection
+
+
+class ContractiveCell(nn.Module):
+    """f(z, u) = tanh(W * z + u): a contraction while theta is constrained (wellposed.py). The stem carries the bias."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        taps = (CELL_KERNEL,) * spec.spatial
+        self.weight = nn.Parameter(torch.empty(spec.channels, spec.channels, *taps, device="meta"))
+        self._linear = (_dense, _conv1d, _conv2d)[spec.spatial]
+
+    def start(self, injection: Tensor) -> Tensor:
+        """tanh(u): the answer without W, within gamma of the fixed point and free of an evaluation."""
+        return torch.tanh(injection)
+
+    def step(self, z: Tensor, injection: Tensor) -> Tensor:
+        """tanh(W * z + u)."""
+        return torch.tanh(self._linear(z, self.weight, injection))
+
+
+class ResidualCell(nn.Module):
+    """The published block f(z, u) = GN(act(z + GN(u + conv(GN(act(conv z)))))).
+
+    Source: design/algorithm.md section 1; FeDEQ, arXiv 2309.15659.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        outward = Convolution(inputs=spec.channels, outputs=spec.inner, kernel=CELL_KERNEL, stride=1)
+        back = Convolution(inputs=spec.inner, outputs=spec.channels, kernel=CELL_KERNEL, stride=1)
+        self.conv1 = _convolution(outward, spec.spatial, bias=False)
+        self.norm1 = _norm(spec, spec.inner)
+        self.conv2 = _convolution(back, spec.spatial, bias=False)
+        self.norm2 = _norm(spec, spec.channels)
+        self.norm3 = _norm(spec, spec.channels)
+        self._activation = _ACTIVATIONS[spec.activation]
+
+    def start(self, injection: Tensor) -> Tensor:
+        """u, as published."""
+        return injection
+
+    def step(self, z: Tensor, injection: Tensor) -> Tensor:
+        """One pass of the block."""
+        hidden = self.norm1(self._activation(self.conv1(z)))
+        update = self.norm2(injection + self.conv2(hidden))
+        z_next: Tensor = self.norm3(self._activation(z + update))
+        return z_next
+
+
+def build_stem(spec: ModelSpec) -> AffineStem | TwoStageStem:
+    """The stem that the spec describes, its parameters not yet in memory."""
+    return TwoStageStem(spec) if spec.spatial and spec.stem_width is not None else AffineStem(spec)
+
+
+def build_cell(spec: ModelSpec) -> ContractiveCell | ResidualCell:
+    """The cell that the spec describes, its parameters not yet in memory."""
+    return ContractiveCell(spec) if spec.cell == "contractive" else ResidualCell(spec)
+
+
+def _dense(z: Tensor, weight: Tensor, injection: Tensor) -> Tensor:
+    return torch.addmm(injection, z, weight.t())
+
+
+def _conv1d(z: Tensor, weight: Tensor, injection: Tensor) -> Tensor:
+    return functional.conv1d(z, weight, padding=CELL_KERNEL // 2) + injection
+
+
+def _conv2d(z: Tensor, weight: Tensor, injection: Tensor) -> Tensor:
+    return functional.conv2d(z, weight, padding=CELL_KERNEL // 2) + injection
+
+
+def _convolution(stage: Convolution, spatial: int, *, bias: bool) -> nn.Conv1d | nn.Conv2d:
+    layer = nn.Conv1d if spatial == 1 else nn.Conv2d
+    return layer(stage.inputs, stage.outputs, stage.kernel, stage.stride, stage.padding, bias=bias, device="meta")
+
+
+def _norm(spec: ModelSpec, width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(spec.norm_groups(width), width, device="meta")
+
+
+def _per_channel(values: tuple[float, ...], spatial: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).reshape(-1, *(1,) * spatial)

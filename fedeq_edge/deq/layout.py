@@ -1,0 +1,103 @@
+"""Where each parameter lies in the flat vectors theta (stem and cell) and head: needs no torch.
+
+Names are those of `DEQ.named_parameters()`, arrays lie in C order, one after the other, in the order given here.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedeq_edge.consensus.constraint import RowBound
+from fedeq_edge.deq.spec import CELL_KERNEL, ModelSpec
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One parameter: its name, its shape and the place of its first number in the flat vector."""
+
+    name: str
+    shape: Shape
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        """One past its last number in the flat vector."""
+        return self.offset + self.size
+
+    def view(self, vector: NDArray[np.floating]) -> NDArray[np.floating]:
+        """This parameter's part of a flat vector, in shape, without a copy."""
+        return vector[self.offset : self.end].reshape(self.shape)
+
+
+Layout = tuple[Slot, ...]
+
+
+def theta_layout(spec: ModelSpec) -> Layout:
+    """Slots of theta: the stem's parameters, then the cell's."""
+    return _stack([*_stem_shapes(spec), *_cell_shapes(spec)])
+
+
+def head_layout(spec: ModelSpec) -> Layout:
+    """Slots of the head: weight (classes, features), bias (classes,)."""
+    return _stack([("head.weight", (spec.classes, spec.features)), ("head.bias", (spec.classes,))])
+
+
+def size(layout: Layout) -> int:
+    """Numbers in the flat vector that the layout describes."""
+    return layout[-1].end
+
+
+def row_bounds(spec: ModelSpec) -> tuple[RowBound, ...]:
+    """Rows of theta that must stay on an l1 ball: those of a contractive cell's W; none otherwise."""
+    if spec.cell != "contractive" or spec.radius is None:
+        return ()
+    weight = next(slot for slot in theta_layout(spec) if slot.name == "cell.weight")
+    rows = weight.shape[0]
+    return (RowBound(offset=weight.offset, rows=rows, cols=weight.size // rows, radius=spec.radius),)
+
+
+def _stem_shapes(spec: ModelSpec) -> list[tuple[str, Shape]]:
+    stages = spec.stem_stages
+    kernels = [(s.outputs, s.inputs, *(s.kernel,) * spec.spatial) for s in stages]
+    if not stages:
+        return [("stem.map.weight", (spec.channels, *spec.input_shape)), ("stem.map.bias", (spec.channels,))]
+    if len(stages) == 1:
+        return [("stem.map.weight", kernels[0]), ("stem.map.bias", (spec.channels,))]
+    shapes: list[tuple[str, Shape]] = []
+    for number, (stage, kernel) in enumerate(zip(stages, kernels, strict=True), start=1):
+        shapes += [(f"stem.conv{number}.weight", kernel), *_norm_shapes(f"stem.norm{number}", stage.outputs)]
+    return shapes
+
+
+def _cell_shapes(spec: ModelSpec) -> list[tuple[str, Shape]]:
+    taps = (CELL_KERNEL,) * spec.spatial
+    if spec.cell == "contractive":
+        return [("cell.weight", (spec.channels, spec.channels, *taps))]
+    return [
+        ("cell.conv1.weight", (spec.inner, spec.channels, *taps)),
+        *_norm_shapes("cell.norm1", spec.inner),
+        ("cell.conv2.weight", (spec.channels, spec.inner, *taps)),
+        *_norm_shapes("cell.norm2", spec.channels),
+        *_norm_shapes("cell.norm3", spec.channels),
+    ]
+
+
+def _norm_shapes(name: str, width: int) -> list[tuple[str, Shape]]:
+    return [(f"{name}.weight", (width,)), (f"{name}.bias", (width,))]
+
+
+def _stack(shapes: Iterable[tuple[str, Shape]]) -> Layout:
+    slots: list[Slot] = []
+    for name, shape in shapes:
+        slots.append(Slot(name=name, shape=shape, offset=slots[-1].end if slots else 0))
+    return tuple(slots)

@@ -1,0 +1,187 @@
+"""The aggregator on a gateway: owns the connection, the clock and the disk; decides nothing (protocol/aggregator.py).
+
+numpy only: a gateway needs no torch. What it keeps on disk, and how it comes back after kill -9: storage.py.
+"""
+
+import logging
+import os
+import queue
+import secrets
+import signal
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from fedeq_edge import settings
+from fedeq_edge.consensus.admm import Consensus
+from fedeq_edge.deq.initial import initial
+from fedeq_edge.deq.layout import row_bounds
+from fedeq_edge.errors import StateError, TransportError
+from fedeq_edge.hardware.memory import peak_rss_bytes
+from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
+from fedeq_edge.protocol.aggregator import Aggregator, Federation, new_state
+from fedeq_edge.settings import AggregatorSettings
+from fedeq_edge.storage import AggregatorFolder, locked
+from fedeq_edge.training.step import Vector
+from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Will
+from fedeq_edge.transport.mqtt import MqttTransport
+from fedeq_edge.wire.topics import Topics
+
+log = logging.getLogger(__name__)
+
+_TICK_S: Final = 0.5  # deadlines are seconds; finer would only wake the gateway
+_STATUS_S: Final = 0.5
+
+
+def federation_of(chosen: AggregatorSettings) -> Federation:
+    """What the settings fix for the life of a federation."""
+    return Federation(
+        topics=Topics(chosen.federation),
+        model=msgspec.to_builtins(chosen.model),
+        plan=msgspec.to_builtins(chosen.train),
+        seed=chosen.seed,
+        rounds=chosen.train.rounds,
+        method=chosen.resolved_method(),
+        schedule=chosen.schedule,
+        codec=chosen.codec,
+    )
+
+
+def start_of(chosen: AggregatorSettings) -> Vector:
+    """The consensus before the first round, (s,) float32: theta, and the head where heads are shared."""
+    theta, head = initial(chosen.model, chosen.seed)
+    return theta if chosen.resolved_method().heads == "personal" else np.concatenate([theta, head])
+
+
+def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Aggregator:
+    """The machine as the folder remembers it, or a new federation. Raises StateError where they do not fit."""
+    federation, bounds = federation_of(chosen), row_bounds(chosen.model)
+    saved, start = folder.snapshot(), start_of(chosen)
+    if saved is None:
+        consensus = Consensus(start, method=federation.method, bounds=bounds, duals=folder.duals)
+        state = new_state(f"{chosen.federation}-{secrets.token_hex(4)}")
+    else:
+        state, snapshot = saved
+        consensus = Consensus.restore(snapshot, method=federation.method, bounds=bounds, duals=folder.duals)
+        if consensus.z_hat.size != start.size:
+            raise StateError(
+                f"the state folder holds a consensus of {consensus.z_hat.size} values, the model has {start.size}; "
+                "use another state folder for another model"
+            )
+    return Aggregator(
+        federation=federation, consensus=consensus, duals=folder.duals, boot=secrets.token_hex(8), state=state
+    )
+
+
+class Gateway:
+    """One federation's aggregator until it has finished or is told to stop."""
+
+    def __init__(self, path: Path, chosen: AggregatorSettings) -> None:
+        self._settings = chosen
+        self._place = settings.resolve(path, chosen.state)
+        self._topics = Topics(chosen.federation)
+        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._finished = False
+        self._stopping = False
+        self._status_at = -_STATUS_S
+        self._broker = "connecting"
+
+    def run(self) -> bool:
+        """Serve until the federation has finished (True) or SIGTERM or SIGINT came (False)."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._inbox.put(None))
+        with locked(self._place):
+            self._folder = AggregatorFolder(self._place)
+            self._machine = open_aggregator(self._settings, self._folder)
+            if self._machine.state.status == "finished":
+                log.warning("this federation has finished; another one needs another state folder")
+                return True
+            self._come_back()
+            self._transport = self._connect()
+            try:
+                while not (self._finished or self._stopping):
+                    self._step()
+            finally:
+                self._transport.stop(self._farewell())
+                self._write_status()
+        return self._finished
+
+    def _come_back(self) -> None:
+        self._carry_out(self._machine.resume(time.monotonic()))
+        for device, blob in self._folder.journal():
+            self._machine.replay(device, blob)
+        log.info("aggregator is up", extra={"run": self._machine.state.run, "round": self._machine.state.round})
+
+    def _connect(self) -> MqttTransport:
+        subscriptions = (self._topics.state("+"), self._topics.up("+"))
+        name = f"{self._settings.federation}-aggregator"
+        transport = MqttTransport(self._settings.broker.endpoint(), name, subscriptions, will=self._farewell())
+        transport.start(self._inbox.put)
+        return transport
+
+    def _step(self) -> None:
+        try:
+            event = self._inbox.get(timeout=_TICK_S)
+        except queue.Empty:
+            self._carry_out(self._machine.tick(time.monotonic()))
+        else:
+            self._on_event(event)
+        if time.monotonic() - self._status_at >= _STATUS_S:
+            self._write_status()
+
+    def _on_event(self, event: Event | None) -> None:
+        now = time.monotonic()
+        if event is None:
+            self._stopping = True
+        elif isinstance(event, Connected):
+            self._broker = "connected"
+            self._carry_out(self._machine.connected(now))
+        elif isinstance(event, Disconnected):
+            self._broker = event.reason
+            log.warning("disconnected; trying again", extra={"reason": event.reason})
+        elif isinstance(event, Arrived):
+            self._carry_out(self._machine.arrived(event.topic, event.payload, now))
+
+    def _carry_out(self, actions: list[AggregatorAction]) -> None:
+        for action in actions:
+            if isinstance(action, Publish):
+                self._publish(action)
+            elif isinstance(action, Store):
+                self._folder.store(action.device, action.blob)
+            elif isinstance(action, Snapshot):
+                self._folder.take_snapshot(action.state, action.consensus)
+            elif isinstance(action, Record):
+                self._record(action)
+            elif isinstance(action, Note):
+                log.info(action.event, extra=dict(action.facts))
+            elif isinstance(action, Finished):
+                self._finished = True
+
+    def _record(self, action: Record) -> None:
+        self._folder.record(action.line)
+        facts = {key: value for key, value in action.line.items() if not isinstance(value, dict)}
+        log.info(str(facts.pop("kind")), extra=facts)
+
+    def _publish(self, action: Publish) -> None:
+        try:
+            self._transport.publish(action.topic, action.payload, retain=action.retain)
+        except TransportError as error:
+            log.error("cannot publish", extra={"reason": str(error)})
+
+    def _farewell(self) -> Will:
+        return Will(topic=self._topics.aggregator, payload=self._machine.offline())
+
+    def _write_status(self) -> None:
+        self._status_at = time.monotonic()
+        self._folder.write_status(
+            {
+                **self._machine.status(),
+                "broker": self._broker,
+                "pid": os.getpid(),
+                "rss_peak_bytes": peak_rss_bytes(),
+                "cpu_s": time.process_time(),
+            }
+        )

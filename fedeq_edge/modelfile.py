@@ -1,0 +1,39 @@
+"""A model on disk: what it is (ModelSpec), its weights, and where they come from. Extension .fedeq, no torch needed."""
+
+from pathlib import Path
+
+import msgspec
+
+from fedeq_edge import storage
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.errors import ConfigError
+from fedeq_edge.training.step import Budget, Vector
+
+
+class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's personal model. theta (p,), head (h,) float32; budget: the solver work it was chosen for.
+
+    run, round: the federation and how far it was. device: whose it is. labels: names of the classes, may be empty.
+    """
+
+    spec: ModelSpec
+    theta: Vector
+    head: Vector
+    budget: Budget
+    run: str = ""
+    round: int = 0
+    device: str = ""
+    labels: tuple[str, ...] = ()
+
+
+def write(path: Path, model: ModelFile) -> None:
+    """Write atomically, with a checksum."""
+    storage.save(path, model)
+
+
+def read(path: Path) -> ModelFile:
+    """The model in `path`. Raises ConfigError where there is none, StateError where it is damaged."""
+    model = storage.load(path, ModelFile)
+    if model is None:
+        raise ConfigError(f"model file {path} does not exist; a device writes it as personal.fedeq in its state folder")
+    return model

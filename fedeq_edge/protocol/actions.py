@@ -1,0 +1,102 @@
+"""What a state machine asks its shell to do. A shell carries actions out in the order given.
+
+The order matters: `Save`, `Store` and `Snapshot` stand before the `Publish` that tells somebody about them, so that
+nothing is ever acknowledged that a crash could lose.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedeq_edge.protocol.state import AggregatorState, ClientState
+from fedeq_edge.training.step import LocalTask, Vector
+from fedeq_edge.wire.messages import Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    """Send a payload."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """One canonical log line: what happened and its facts."""
+
+    event: str
+    facts: Mapping[str, object]
+
+
+# A client's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """Write the client's state to disk, atomically."""
+
+    state: ClientState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configure:
+    """The model, plan and seed to train with from here on, out of the manifest."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    """Run one round's local work; answer with `Client.trained` or `Client.failed`."""
+
+    task: LocalTask
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Personalise:
+    """Fit this device's own model to the final consensus; answer with `Client.personalised` or `Client.failed`."""
+
+    round: int
+    z: Vector
+    head: Vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The federation is over for us."""
+
+
+ClientAction = Publish | Note | Save | Configure | Train | Personalise | Finished
+
+
+# An aggregator's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Store:
+    """Write an accepted contribution to disk before it is acknowledged."""
+
+    device: str
+    round: int
+    blob: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Write the whole state; contributions stored earlier are part of it."""
+
+    state: AggregatorState
+    consensus: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Append one line to the history of rounds."""
+
+    line: Mapping[str, object]
+
+
+AggregatorAction = Publish | Note | Store | Snapshot | Record | Finished

@@ -1,0 +1,402 @@
+"""A device's side of the protocol.
+
+Theory of operation
+-------------------
+Rule 1: one thing at a time. The machine is fetching a consensus, training, waiting for the verdict on a contribution,
+or idle; the newest task waits until the present work is done, and an older one is forgotten.
+Rule 2: the dual moves when the aggregator has accepted, never before (`_settle`). Until then the contribution lies in
+the state on disk and is sent again after every reconnect; the aggregator knows a repeated one by (device, round).
+Rule 3: nothing is remembered of a connection. After `connected` the machine says again who it is and what it owes.
+Rule 4: what a code leaves out stays in the problem: the dual moves by the *decoded* difference, as on the server.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from fedeq_edge.consensus.admm import advance_dual
+from fedeq_edge.errors import LocalWireError, RemoteWireError, WireError
+from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Note, Personalise, Publish, Save, Train
+from fedeq_edge.protocol.state import ClientState, Pending, vector_digest
+from fedeq_edge.training.step import LocalResult, LocalTask, Personal
+from fedeq_edge.wire import chunks, coding, messages
+from fedeq_edge.wire.topics import Topics
+
+RETRY_S: Final = 10.0  # an aggregator that answers at all does so within a second; slow links need a few per chunk
+MODEL_LIMIT_BYTES: Final = 64 * 2**20  # largest consensus a device takes: 16 million float32 parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a device says of itself at birth. boot: new at every start of the agent."""
+
+    device: str
+    boot: str
+    samples: int
+    profile: str = ""
+    emulated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Resources of the agent's processes so far, bytes."""
+
+    wire_up: int = 0
+    wire_down: int = 0
+    rss_idle: int = 0
+    rss_peak: int = 0
+
+
+@dataclass(slots=True)
+class Client:
+    """The machine. Every method takes the time in seconds of a monotonic clock and returns actions in order."""
+
+    identity: Identity
+    topics: Topics
+    state: ClientState
+    _manifest: messages.Manifest | None = None
+    _task: messages.Task | None = None
+    _working: messages.Task | None = None  # what the trainer has in hand; a newer task may be waiting
+    _outgoing: chunks.Outgoing | None = None
+    _incoming: chunks.Incoming | None = None
+    _fetching: bytes = b""  # digest of the consensus on its way to us
+    _report: messages.Report | None = None
+    _progress_at: float = 0.0
+    _actions: list[ClientAction] = field(default_factory=list)
+
+    # Events
+
+    def connected(self, now: float) -> list[ClientAction]:
+        """Say who we are and begin again with whatever was under way."""
+        self._publish_birth()
+        self._resend(now)
+        return self._flush()
+
+    def arrived(self, topic: str, payload: bytes, now: float) -> list[ClientAction]:
+        """A payload came; one that does not follow the protocol is noted and dropped."""
+        try:
+            self._dispatch(topic, messages.decode(payload), now)
+        except WireError as error:
+            self._note("refused a message", topic=topic, reason=str(error))
+        return self._flush()
+
+    def trained(self, result: LocalResult, usage: Usage, now: float) -> list[ClientAction]:
+        """The trainer has done its round: keep the contribution and send it."""
+        task, self._working = self._working, None
+        if task is None or task.run != self.state.run:
+            return self._flush()
+        try:
+            pending = self._contribution(task, result, usage)
+        except LocalWireError as error:
+            self._decline(task, str(error))
+            return self._flush()
+        self._keep(pending=pending, head=result.head)
+        self._send_pending(now)
+        return self._flush()
+
+    def personalised(self, personal: Personal, usage: Usage, now: float) -> list[ClientAction]:
+        """The trainer has fitted our own model: report its numbers."""
+        task, self._working = self._working, None
+        if task is not None and task.run == self.state.run:
+            self._keep(head=personal.head)
+            self._report = _report(task, personal, usage)
+            self._send_report(now)
+        return self._flush()
+
+    def failed(self, reason: str) -> list[ClientAction]:
+        """The trainer could not do its work: tell the aggregator, stay in the fleet."""
+        task, self._working = self._working, None
+        if task is not None and task.run == self.state.run:
+            self._decline(task, reason)
+        return self._flush()
+
+    def tick(self, now: float) -> list[ClientAction]:
+        """Say again what was not answered for `RETRY_S`."""
+        waits = self._outgoing is not None or self._fetching or self._report is not None
+        if waits and now - self._progress_at >= RETRY_S:
+            self._resend(now)
+        return self._flush()
+
+    def offline(self) -> bytes:
+        """Payload of our farewell and last will."""
+        return messages.encode(messages.Offline(boot=self.identity.boot))
+
+    # Messages
+
+    def _dispatch(self, topic: str, received: messages.Received, now: float) -> None:
+        message = received.message
+        if isinstance(message, messages.AggregatorState):
+            self._publish_birth()  # a new aggregator may not have the retained one
+        elif isinstance(message, messages.Manifest):
+            self._on_manifest(message, now)
+        elif topic != self.topics.down(self.identity.device):
+            return
+        elif isinstance(message, messages.Task):
+            self._on_task(message, now)
+        elif isinstance(message, messages.Chunk):
+            self._on_chunk(message, received.body, now)
+        elif isinstance(message, messages.ChunkAck):
+            self._on_ack(message, now)
+        elif isinstance(message, messages.Verdict):
+            self._on_verdict(message, now)
+
+    def _on_manifest(self, manifest: messages.Manifest, now: float) -> None:
+        known = self._manifest
+        self._manifest = manifest
+        if manifest.run != self.state.run:
+            self._begin(manifest.run)
+        if known is None or _setup(known) != _setup(manifest):
+            self._actions.append(Configure(manifest=manifest))
+        if manifest.status == "finished":
+            self._actions.append(Finished())
+        self._advance(now)
+
+    def _begin(self, run: str) -> None:
+        """Another federation than the one we remember: start it with nothing."""
+        if self.state.run:
+            self._note("joins another federation", run=run, instead_of=self.state.run)
+        self._task, self._outgoing, self._report = None, None, None
+        self._stop_fetching()
+        self.state = ClientState(run=run)
+        self._actions.append(Save(state=self.state))
+        self._publish_birth()
+
+    def _on_task(self, task: messages.Task, now: float) -> None:
+        if self._task is None or task.run != self._task.run or task.round >= self._task.round:
+            self._task = task
+        self._advance(now)
+
+    def _on_chunk(self, chunk: messages.Chunk, body: memoryview, now: float) -> None:
+        if not self._fetching:
+            return
+        if chunk.size > MODEL_LIMIT_BYTES:
+            raise RemoteWireError(f"consensus of {chunk.size} bytes is over the limit of {MODEL_LIMIT_BYTES}")
+        if self._incoming is None or self._incoming.name != chunk.transfer:
+            self._incoming = chunks.Incoming(chunk.transfer, chunk.size)
+        self._incoming.add(chunk.index, bytes(body))
+        self._progress_at = now
+        self._send(messages.ChunkAck(transfer=chunk.transfer, bitmap=self._incoming.bitmap))
+        if self._incoming.complete:
+            self._take_model(self._incoming.blob(), now)
+
+    def _take_model(self, blob: bytes, now: float) -> None:
+        received = messages.decode(blob)
+        model = received.message
+        if not isinstance(model, messages.Model):
+            raise RemoteWireError(f"transfer holds a {type(model).__name__.lower()} message, not a consensus")
+        if model.model != self._fetching:
+            self._incoming = None  # the rest of an older transfer, repeated by the broker
+            return
+        z = coding.decode(model.codec, received.body, model.length)
+        if model.base:
+            if model.base != vector_digest(self.state.z):
+                raise RemoteWireError("consensus is coded against a base that we do not hold")
+            z = self.state.z + z
+        if vector_digest(z) != model.model:
+            raise RemoteWireError("decoded consensus has another digest than the task names")
+        self._stop_fetching()
+        nu = self.state.nu if self.state.nu.size == z.size else np.zeros_like(z)
+        self._keep(z=z, nu=nu)
+        self._advance(now)
+
+    def _on_ack(self, ack: messages.ChunkAck, now: float) -> None:
+        if self._outgoing is not None and ack.transfer == self._outgoing.name:
+            self._outgoing.acknowledge(ack.bitmap)
+            self._progress_at = now
+            self._send_chunks()
+
+    def _on_verdict(self, verdict: messages.Verdict, now: float) -> None:
+        if verdict.run != self.state.run:
+            return
+        pending = self.state.pending
+        if verdict.subject == "report" and self._report is not None:
+            self._report = self._task = None
+        elif verdict.subject == "contribution" and pending is not None and verdict.round == pending.round:
+            self._settle(pending, verdict)
+        self._advance(now)
+
+    def _settle(self, pending: Pending, verdict: messages.Verdict) -> None:
+        """Move the dual if the contribution counts; forget it either way."""
+        self._outgoing = None
+        if not verdict.accepted:
+            self._note("contribution refused", round=pending.round, code=verdict.code, reason=verdict.reason)
+            self._keep(pending=None)
+            return
+        difference = coding.decode(pending.codec, pending.body, self.state.nu.size)
+        nu = advance_dual(self.state.nu, pending.kappa, difference)
+        self._keep(pending=None, nu=nu, accepted_round=max(pending.round, self.state.accepted_round))
+
+    # Work
+
+    def _advance(self, now: float) -> None:
+        """Do the next thing that the newest task asks for."""
+        task, manifest = self._task, self._manifest
+        if task is None or manifest is None or task.run != self.state.run:
+            return
+        if self.state.pending is not None:
+            if self._outgoing is None:
+                self._send_pending(now)
+            return
+        if self._working is not None or self._report is not None:
+            return
+        if not task.final and task.round <= self.state.accepted_round:
+            self._task = None
+        elif vector_digest(self.state.z) != task.model:
+            self._fetch(task, now)
+        else:
+            self._work(task)
+
+    def _fetch(self, task: messages.Task, now: float) -> None:
+        if self._fetching != task.model:
+            self._stop_fetching()
+            self._fetching = task.model
+            self._progress_at = now
+            self._send(messages.Fetch(run=task.run, model=task.model, base=vector_digest(self.state.z)))
+
+    def _stop_fetching(self) -> None:
+        self._fetching, self._incoming = b"", None
+
+    def _work(self, task: messages.Task) -> None:
+        self._working = task
+        if task.final:
+            self._actions.append(Personalise(round=task.round, z=self.state.z, head=self.state.head))
+            return
+        if not task.duals and self.state.nu.any():
+            self._note("the aggregator counts us as new: the dual starts at zero again", round=task.round)
+            self._keep(nu=np.zeros_like(self.state.nu))
+        local = LocalTask(
+            round=task.round,
+            z=self.state.z,
+            nu=self.state.nu,
+            kappa=task.kappa,
+            head=self.state.head,
+            seed=self._seed(task.round),
+        )
+        self._actions.append(Train(task=local, deadline_s=task.deadline_s))
+
+    def _contribution(self, task: messages.Task, result: LocalResult, usage: Usage) -> Pending:
+        """The coded contribution. Raises LocalWireError where training left NaN behind."""
+        assert self._manifest is not None
+        codec = self._manifest.codec
+        body = coding.encode(codec, result.difference, random.Random(self._seed(task.round)))
+        message = messages.Contribution(
+            run=task.run,
+            round=task.round,
+            boot=self.identity.boot,
+            base=task.model,
+            samples=self.identity.samples,
+            codec=codec,
+            length=result.difference.size,
+            metrics=_metrics(result, usage),
+        )
+        return Pending(round=task.round, kappa=task.kappa, codec=codec, body=body, blob=messages.encode(message, body))
+
+    def _seed(self, round_number: int) -> int:
+        """The same for a repeated round, another for every device, round and federation."""
+        name = f"{self.state.run}/{self.identity.device}/{round_number}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+    # Sending
+
+    def _publish_birth(self) -> None:
+        birth = messages.Birth(
+            boot=self.identity.boot,
+            samples=self.identity.samples,
+            profile=self.identity.profile,
+            emulated=self.identity.emulated,
+            codecs=coding.CODECS,
+            run=self.state.run,
+            accepted_round=self.state.accepted_round,
+            duals=vector_digest(self.state.nu) if self.state.accepted_round >= 0 else b"",
+            pending_round=self.state.pending.round if self.state.pending is not None else -1,
+        )
+        topic = self.topics.state(self.identity.device)
+        self._actions.append(Publish(topic=topic, payload=messages.encode(birth), retain=True))
+
+    def _resend(self, now: float) -> None:
+        if self.state.pending is not None:
+            self._outgoing = None
+        if self._fetching and self._task is not None:
+            self._stop_fetching()
+        if self._report is not None:
+            self._send_report(now)
+        self._advance(now)
+
+    def _send_pending(self, now: float) -> None:
+        assert self.state.pending is not None
+        self._outgoing = chunks.Outgoing(self.state.pending.blob)
+        self._progress_at = now
+        self._send_chunks()
+
+    def _send_chunks(self) -> None:
+        assert self._outgoing is not None
+        size = len(self._outgoing.blob)
+        for index, piece in self._outgoing.due():
+            self._send(messages.Chunk(transfer=self._outgoing.name, index=index, size=size), piece)
+
+    def _send_report(self, now: float) -> None:
+        assert self._report is not None
+        self._progress_at = now
+        self._send(self._report)
+
+    def _decline(self, task: messages.Task, reason: str) -> None:
+        self._note("declines a round", round=task.round, reason=reason)
+        self._send(messages.Decline(run=task.run, round=task.round, reason=reason[:512]))
+        if self._task is task:
+            self._task = None
+
+    def _send(self, message: messages.Message, body: bytes = b"") -> None:
+        topic = self.topics.up(self.identity.device)
+        self._actions.append(Publish(topic=topic, payload=messages.encode(message, body)))
+
+    def _keep(self, **changes: object) -> None:
+        self.state = msgspec.structs.replace(self.state, **changes)
+        self._actions.append(Save(state=self.state))
+
+    def _note(self, event: str, **facts: object) -> None:
+        self._actions.append(Note(event=event, facts=facts))
+
+    def _flush(self) -> list[ClientAction]:
+        actions, self._actions = self._actions, []
+        return actions
+
+
+def _setup(manifest: messages.Manifest) -> tuple[object, ...]:
+    """What a trainer is set up with: when it changes, the trainer starts anew."""
+    return manifest.run, manifest.model, manifest.plan, manifest.seed
+
+
+def _metrics(result: LocalResult, usage: Usage) -> messages.Metrics:
+    return messages.Metrics(
+        loss=result.loss,
+        residual=result.residual,
+        backward_residual=result.backward_residual,
+        forward=result.budget.forward,
+        adjoint=result.budget.adjoint,
+        seconds=result.seconds,
+        accuracy=result.accuracy_consensus,
+        reduced=result.reduced,
+        wire_up=usage.wire_up,
+        wire_down=usage.wire_down,
+    )
+
+
+def _report(task: messages.Task, personal: Personal, usage: Usage) -> messages.Report:
+    return messages.Report(
+        run=task.run,
+        round=task.round,
+        forward=personal.budget.forward,
+        adjoint=personal.budget.adjoint,
+        residual=personal.residual,
+        accuracy_personal=personal.accuracy_personal,
+        accuracy_consensus=personal.accuracy_consensus,
+        local_only=personal.local_only,
+        rss_idle_bytes=usage.rss_idle,
+        rss_peak_bytes=usage.rss_peak,
+        wire_up=usage.wire_up,
+        wire_down=usage.wire_down,
+    )

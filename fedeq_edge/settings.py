@@ -1,0 +1,191 @@
+"""Settings: a TOML file, then environment variables, then command-line options; later wins, and the merge ends here.
+
+An environment variable is FEDEQ_ and the key's path in capitals, tables joined by two underscores:
+FEDEQ_BROKER__URL=mqtt://gateway sets [broker] url. Its value is read as TOML, or else as text. An unknown key is
+refused with the nearest known one, because a misspelt setting that is silently ignored is worse than none.
+Paths in a file are relative to that file.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from fedeq_edge.consensus.methods import Method, method
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.errors import ConfigError
+from fedeq_edge.protocol.schedule import Schedule
+from fedeq_edge.training.step import Plan
+from fedeq_edge.transport.mqtt import Endpoint
+from fedeq_edge.wire.coding import Codec
+from fedeq_edge.wire.topics import check_identifier
+
+PREFIX = "FEDEQ_"
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class BrokerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[broker]: url is mqtt://host[:1883] or mqtts://host[:8883]; the rest are PEM files for mqtts."""
+
+    url: str = "mqtt://127.0.0.1:1883"
+    version: Literal["3.1.1", "5"] = "5"
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+    def endpoint(self) -> Endpoint:
+        """Where to connect. Raises ConfigError on an URL that is no broker's."""
+        endpoint = Endpoint(url=self.url, version=self.version, ca=self.ca, certificate=self.certificate, key=self.key)
+        endpoint.address()
+        return endpoint
+
+
+class AgentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """agent.toml: one device.
+
+    device: its id. federation: which one it joins. data: npz with x, y and an optional split. state: folder for what
+    must survive a restart. profile: board profile out of devices/ (limits; with emulate = true also its speed).
+    trainer_idle_s: the trainer process ends after so long without work.
+    """
+
+    device: str
+    federation: str
+    data: str
+    state: str = "state"
+    profile: str = ""
+    emulate: bool = False
+    trainer_idle_s: float = 60.0
+    broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
+
+    def __post_init__(self) -> None:
+        check_identifier(self.device, "device")
+        check_identifier(self.federation, "federation")
+
+
+class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """aggregator.toml: one federation.
+
+    [model] is a ModelSpec, [train] a Plan, [schedule] a Schedule. [method] names a preset ("admm", "fedavg", ...) and
+    may change its fields. codec: how differences travel. seed: of the initial weights.
+    """
+
+    federation: str
+    model: ModelSpec
+    state: str = "state"
+    codec: Codec = "int8"
+    seed: int = 0
+    train: Plan = msgspec.field(default_factory=Plan)
+    method: dict[str, Any] = msgspec.field(default_factory=dict)
+    schedule: Schedule = msgspec.field(default_factory=Schedule)
+    broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
+
+    def __post_init__(self) -> None:
+        check_identifier(self.federation, "federation")
+
+    def resolved_method(self) -> Method:
+        """The preset with the file's changes. Raises ConfigError on an unknown preset or field."""
+        changes = dict(self.method)
+        base = method(str(changes.pop("preset", "admm")))
+        known = {field.name for field in msgspec.structs.fields(Method)}
+        for key in changes:
+            if key not in known:
+                raise ConfigError(f"method: {_unknown(key, known)}")
+        merged = {**msgspec.to_builtins(base), **changes}
+        return _convert(merged, Method, "method")
+
+
+def load(path: Path, kind: type[T], *, options: Mapping[str, Any] | None = None) -> T:
+    """The settings in `path` as a `kind`, under environment and options (nested mappings like the file).
+
+    Raises ConfigError in one line: missing file, bad TOML (with its line), unknown key (with the nearest), bad value.
+    """
+    merged = _read(path)
+    _merge(merged, _environment(os.environ, kind))
+    _merge(merged, options or {})
+    _check_keys(merged, kind, str(path))
+    return _convert(merged, kind, str(path))
+
+
+def resolve(base: Path, path: str) -> Path:
+    """A path out of a settings file, relative to that file."""
+    return (base.parent / Path(path).expanduser()).resolve()
+
+
+def to_toml(value: msgspec.Struct) -> str:
+    """Settings as TOML text, without the values that are null (TOML has none)."""
+    return msgspec.toml.encode(_without_none(msgspec.to_builtins(value))).decode()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"settings file {path} does not exist; name another with --config") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"settings file {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"settings file {path} is not TOML: {error}") from error
+
+
+def _environment(environment: Mapping[str, str], kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Nested settings out of FEDEQ_ variables whose first part is a key of `kind`; other programs' are left alone."""
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    found: dict[str, Any] = {}
+    for name, text in environment.items():
+        keys = name.removeprefix(PREFIX).lower().split("__")
+        if not name.startswith(PREFIX) or keys[0] not in known:
+            continue
+        table = found
+        for key in keys[:-1]:
+            table = table.setdefault(key, {})
+        table[keys[-1]] = _value(text)
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _check_keys(table: Mapping[str, Any], kind: type[msgspec.Struct], where: str) -> None:
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in table.items():
+        if key not in fields:
+            raise ConfigError(f"{where}: {_unknown(key, fields)}")
+        inner = fields[key]
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+            _check_keys(value, inner, f"{where} [{key}]")
+
+
+def _unknown(key: str, known: Mapping[str, Any] | set[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
+
+
+def _convert(table: Mapping[str, Any], kind: type[T], where: str) -> T:
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        # msgspec wraps what a struct's own checks raise; their message is the better one
+        cause = error.__cause__
+        raise ConfigError(f"{where}: {cause if isinstance(cause, ConfigError) else error}") from error

@@ -1,0 +1,115 @@
+"""The trainer process: torch, one device's data, requests on stdin, replies on stdout (training/exchange.py).
+
+Run by the agent as `python -m fedeq_edge.trainer`; it ends when its stdin is closed.
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import torch
+
+from fedeq_edge import storage
+from fedeq_edge.data.npz import load_client
+from fedeq_edge.deq.initial import initial
+from fedeq_edge.errors import FedEqError
+from fedeq_edge.hardware.clock import DeviceClock
+from fedeq_edge.hardware.memory import peak_rss_bytes
+from fedeq_edge.hardware.profiles import DeviceLimits, load_profile
+from fedeq_edge.hardware.reading import read
+from fedeq_edge.hardware.throttle import derate
+from fedeq_edge.training.exchange import (
+    Done,
+    Failed,
+    Fit,
+    Fitted,
+    Ready,
+    Reply,
+    Request,
+    Setup,
+    Work,
+    read_request,
+    write,
+)
+from fedeq_edge.training.step import Calibration
+from fedeq_edge.training.torch_step import TorchLearner
+
+# A board without a profile: the temperature at which most SoCs begin to throttle.
+_UNKNOWN_BOARD = DeviceLimits(hot_c=80.0)
+
+
+def main() -> None:
+    """Answer requests until the link closes the pipe."""
+    requests, replies = sys.stdin.buffer, _own_stdout()
+    torch.set_num_threads(1)  # models of this size lose by more, and a device has other work
+    torch.set_flush_denormal(True)
+    trainer: Trainer | None = None
+    while (request := read_request(requests)) is not None:
+        try:
+            if isinstance(request, Setup):
+                trainer = Trainer(request)
+            reply = _answer(trainer, request)
+        except FedEqError as error:
+            reply = Failed(reason=str(error))
+        write(replies, reply)
+
+
+def _own_stdout() -> BinaryIO:
+    """The reply pipe for us alone: whatever a library prints goes to stderr instead of into the protocol."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return replies
+
+
+def _answer(trainer: "Trainer | None", request: Request) -> Reply:
+    if trainer is None:
+        return Failed(reason="the trainer has not been set up")
+    if isinstance(request, Work):
+        return trainer.work(request)
+    if isinstance(request, Fit):
+        return trainer.fit(request)
+    return Ready(samples=trainer.learner.samples, rss_peak=peak_rss_bytes())
+
+
+class Trainer:
+    """A learner with the limits of its board."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._limits = load_profile(setup.profile).limits if setup.profile else _UNKNOWN_BOARD
+        cache = Path(setup.cache)
+        name = hashlib.sha256(msgspec.json.encode((setup.spec, setup.plan.batch, setup.plan.budgets, setup.slowdown)))
+        self._cache = cache.with_name(f"{cache.name}-{name.hexdigest()[:12]}")
+        known = storage.load(self._cache, Calibration)
+        self.learner = TorchLearner(
+            setup.spec,
+            load_client(Path(setup.data)),
+            setup.plan,
+            start=initial(setup.spec, setup.seed),
+            clock=DeviceClock(slowdown=setup.slowdown, shared=setup.shared),
+            calibration=known,
+            speed=lambda: derate(read(), self._limits).factor,
+        )
+        if known is None:
+            storage.save(self._cache, self.learner.calibrate())
+
+    def work(self, request: Work) -> Reply:
+        """One round, unless the device must rest."""
+        derating = derate(read(), self._limits)
+        if derating.factor <= 0.0:
+            return Failed(reason=f"resting: {derating.reason}")
+        task = request.task
+        if not task.head.size:
+            task = msgspec.structs.replace(task, head=self.learner.initial_head())
+        return Done(result=self.learner.train(task), rss_peak=peak_rss_bytes())
+
+    def fit(self, request: Fit) -> Reply:
+        """The personal model."""
+        head = request.head if request.head.size else self.learner.initial_head()
+        return Fitted(personal=self.learner.personalise(request.z, head), rss_peak=peak_rss_bytes())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What passes between an agent's link process and its trainer process: length-prefixed msgpack on two pipes.
+
+The trainer is a process of its own so that an out-of-memory or a crash in training never takes the link down, and
+lives only while there is training to do, so that an idle device pays for no torch.
+"""
+
+import struct
+from typing import BinaryIO, Final
+
+import msgspec
+
+from fedeq_edge import structs
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.training.step import LocalResult, LocalTask, Personal, Plan, Vector
+
+_LENGTH: Final = struct.Struct("<I")
+_LIMIT_BYTES: Final = 2**30
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """First request: what to train on what. Answered by `Ready`.
+
+    cache: file that keeps the calibration of this model on this device. slowdown, shared: of an emulated board
+    (hardware/clock.py). seed: of the federation's initial weights.
+    """
+
+    spec: ModelSpec
+    plan: Plan
+    data: str
+    cache: str
+    profile: str
+    slowdown: float
+    shared: bool
+    seed: int
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Train one round. Answered by `Done` or `Failed`."""
+
+    task: LocalTask
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Make the personal model. Answered by `Fitted` or `Failed`."""
+
+    z: Vector
+    head: Vector
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The trainer has its model, data and calibration."""
+
+    samples: int
+    rss_peak: int
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A round's result."""
+
+    result: LocalResult
+    rss_peak: int
+
+
+class Fitted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The personal model."""
+
+    personal: Personal
+    rss_peak: int
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The work could not be done, in one line."""
+
+    reason: str
+
+
+Request = Setup | Work | Fit
+Reply = Ready | Done | Fitted | Failed
+
+
+def write(stream: BinaryIO, value: Request | Reply) -> None:
+    """Send one value. Raises BrokenPipeError where the other side is gone."""
+    content = structs.pack(value)
+    stream.write(_LENGTH.pack(len(content)) + content)
+    stream.flush()
+
+
+def read_request(stream: BinaryIO) -> Request | None:
+    """The next request, None when the link has closed the pipe."""
+    content = _read(stream)
+    return None if content is None else structs.unpack(content, Request)  # type: ignore[arg-type]  # a union type
+
+
+def read_reply(stream: BinaryIO) -> Reply | None:
+    """The next reply, None when the trainer has ended."""
+    content = _read(stream)
+    return None if content is None else structs.unpack(content, Reply)  # type: ignore[arg-type]  # a union type
+
+
+def _read(stream: BinaryIO) -> bytes | None:
+    prefix = stream.read(_LENGTH.size)
+    if len(prefix) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack(prefix)
+    if length > _LIMIT_BYTES:
+        return None  # not our protocol: something else wrote to the pipe
+    content = stream.read(length)
+    return content if len(content) == length else None

@@ -1,0 +1,330 @@
+"""MQTT by paho: QoS 1, our own window, our own reconnect. The only module that imports the MQTT client.
+
+Theory of operation.
+- QoS 1 and idempotent messages. QoS 2 is not an option: with paho 2.2 and mosquitto 2.0 messages queued at QoS 2 are
+  silently lost (paho ignores the broker's Receive Maximum).
+- A fresh paho client for every connection, clean session. paho keeps unacknowledged messages in memory and floods the
+  broker with them on reconnecting; the protocol above says again what matters, so nothing is kept here instead.
+- At most `WINDOW` packets wait for the broker's acknowledgement; the rest wait in a queue of ours, and nothing is
+  published while disconnected (paho would queue it without bound).
+- A packet over the broker's limit is refused before it is sent: paho would reconnect and resend it for ever.
+- Reconnecting waits a random time up to a bound that doubles (full jitter), so that a fleet does not stampede a broker
+  that comes back.
+- TCP_NODELAY, because small packets at QoS 1 otherwise wait 40 ms for Nagle.
+"""
+
+import logging
+import random
+import socket
+import ssl
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from fedeq_edge.errors import ConfigError, TransportError
+from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Traffic, Will
+
+log = logging.getLogger(__name__)
+
+WINDOW: Final = 8  # below mosquitto's Receive Maximum of 20 and every cloud broker's
+KEEPALIVE_S: Final = 60  # a 64 kB chunk needs 8 s at 8 kB/s; shorter keepalives cut slow links off
+_BACKOFF_FIRST_S: Final = 1.0
+_BACKOFF_LAST_S: Final = 60.0
+_PATIENCE_S: Final = 15.0  # for TCP, CONNACK and SUBACK together
+_PUBACK_BYTES: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where the broker is and how to prove who we are.
+
+    url: mqtt://host[:port] or mqtts://host[:port]; user and password as in any URL. version: "3.1.1" or "5".
+    ca, certificate, key: PEM files for mqtts (mutual TLS when the last two are given).
+    """
+
+    url: str
+    version: Literal["3.1.1", "5"] = "5"
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+    def address(self) -> tuple[str, int, bool]:
+        """(host, port, whether TLS). Raises ConfigError on an URL that is no broker's."""
+        parts = urlsplit(self.url)
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or port == -1:
+            raise ConfigError(
+                f"broker.url {self.url!r} is no broker address; write mqtt://host:1883 or mqtts://host:8883"
+            )
+        tls = parts.scheme == "mqtts"
+        return parts.hostname, port or (8883 if tls else 1883), tls
+
+    def credentials(self) -> tuple[str | None, str | None]:
+        """(user, password) of the URL."""
+        parts = urlsplit(self.url)
+        return parts.username, parts.password
+
+
+def packet_bytes(topic: str, payload: bytes, version: str) -> int:
+    """Size of a QoS 1 PUBLISH packet (MQTT 5 without properties adds one byte)."""
+    remaining = 2 + len(topic.encode()) + 2 + (1 if version == "5" else 0) + len(payload)
+    length_bytes = next(n for n in (1, 2, 3, 4) if remaining < 128**n)
+    return 1 + length_bytes + remaining
+
+
+@dataclass(slots=True)
+class _Session:
+    """One connection from its first packet to its end; every field is guarded by the transport's condition."""
+
+    client: paho.Client
+    subscribed: bool = False
+    over: bool = False
+    reason: str = ""
+    packet_limit: int | None = None
+    waiting: deque[tuple[str, bytes, bool]] = field(default_factory=deque)
+    in_flight: int = 0  # packets that the broker has not acknowledged
+
+    @property
+    def sendable(self) -> bool:
+        return bool(self.waiting) and self.in_flight < WINDOW
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and self.in_flight == 0
+
+
+class MqttTransport:
+    """A client of an MQTT broker. Events come from paho's thread and from the keeper thread.
+
+    client_id: stable per device, or the broker keeps sessions apart that are one. subscriptions: topic filters.
+
+    Only the keeper thread publishes, and never while it holds the condition: paho calls `on_publish` under a lock that
+    its `publish` needs too, so publishing under a lock of ours would deadlock.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, client_id: str, subscriptions: tuple[str, ...], *, will: Will | None = None
+    ) -> None:
+        self._host, self._port, self._tls = endpoint.address()
+        self._endpoint = endpoint
+        self._client_id = client_id
+        self._subscriptions = subscriptions
+        self._will = will
+        self._context = self._tls_context() if self._tls else None
+        self._on_event: Callable[[Event], None] = lambda _event: None
+        self._keeper = threading.Thread(target=self._keep_connected, name=f"mqtt[{client_id}]", daemon=True)
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._session: _Session | None = None
+        self._up = 0
+        self._down = 0
+
+    # The Transport seam
+
+    def start(self, on_event: Callable[[Event], None]) -> None:
+        """Begin connecting in the background."""
+        self._on_event = on_event
+        self._keeper.start()
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Queue for sending at QoS 1; dropped while disconnected. Raises TransportError over the broker's limit."""
+        with self._changed:
+            session = self._session
+            if session is None or session.over:
+                return
+            self._check_limit(session, topic, payload)
+            session.waiting.append((topic, payload, retain))
+            self._changed.notify_all()
+
+    def traffic(self) -> Traffic:
+        """PUBLISH and PUBACK packets in both directions (not CONNECT, SUBSCRIBE and pings: a few bytes a minute)."""
+        with self._changed:
+            return Traffic(self._up, self._down)
+
+    def stop(self, farewell: Will | None = None) -> None:
+        """Publish the farewell, wait until the broker has all that was queued, disconnect."""
+        if farewell is not None:
+            self.publish(farewell.topic, farewell.payload, retain=True)
+        with self._changed:
+            session = self._session
+            if session is not None and session.subscribed:
+                self._changed.wait_for(lambda: session.idle or session.over, timeout=_PATIENCE_S)
+            self._stopping = True
+            self._changed.notify_all()
+        if self._keeper.is_alive():
+            self._keeper.join(_PATIENCE_S)
+
+    def _check_limit(self, session: _Session, topic: str, payload: bytes) -> None:
+        size = packet_bytes(topic, payload, self._endpoint.version)
+        if session.packet_limit is not None and size > session.packet_limit:
+            raise TransportError(
+                f"packet of {size} bytes for {topic} is over the broker's limit of {session.packet_limit} bytes; "
+                "raise max_packet_size in the broker's configuration"
+            )
+
+    # The keeper thread
+
+    def _keep_connected(self) -> None:
+        bound = _BACKOFF_FIRST_S
+        while not self._stopping:
+            session = self._connect()
+            if session.subscribed:
+                bound = _BACKOFF_FIRST_S
+                self._serve(session)
+            session.client.disconnect()
+            session.client.loop_stop()
+            with self._changed:
+                self._session = None
+                if self._stopping:
+                    return
+            self._on_event(Disconnected(session.reason or "connection lost"))
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping, timeout=random.uniform(0.0, bound))
+            bound = min(2.0 * bound, _BACKOFF_LAST_S)
+
+    def _connect(self) -> _Session:
+        """A session that is subscribed, or one with the reason why not."""
+        session = _Session(self._client())
+        with self._changed:
+            self._session = session
+        self._wire(session)
+        try:
+            session.client.connect(self._host, self._port, KEEPALIVE_S, **self._clean_start())
+        except (OSError, ValueError) as error:
+            session.reason = f"broker {self._host}:{self._port}: {error}"
+            return session
+        session.client.loop_start()
+        with self._changed:
+            self._changed.wait_for(lambda: session.subscribed or session.over or self._stopping, timeout=_PATIENCE_S)
+            if not session.subscribed and not session.reason:
+                session.reason = f"broker {self._host}:{self._port} did not answer within {_PATIENCE_S:.0f} s"
+        return session
+
+    def _serve(self, session: _Session) -> None:
+        """Send what the window allows until the connection is over."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: session.sendable or session.over or self._stopping)
+                if session.over or self._stopping:
+                    return
+                topic, payload, retain = session.waiting.popleft()
+                session.in_flight += 1  # before the packet leaves: its acknowledgement may overtake us
+                self._up += packet_bytes(topic, payload, self._endpoint.version)
+                self._down += _PUBACK_BYTES
+            session.client.publish(topic, payload, qos=1, retain=retain)
+
+    def _clean_start(self) -> dict[str, Any]:
+        return {"clean_start": True} if self._endpoint.version == "5" else {}
+
+    def _client(self) -> paho.Client:
+        protocol = paho.MQTTv5 if self._endpoint.version == "5" else paho.MQTTv311
+        clean = None if self._endpoint.version == "5" else True
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self._client_id,
+            protocol=protocol,
+            clean_session=clean,
+            reconnect_on_failure=False,
+        )
+        client.max_inflight_messages_set(WINDOW)
+        client.connect_timeout = _PATIENCE_S
+        user, password = self._endpoint.credentials()
+        if user is not None:
+            client.username_pw_set(user, password)
+        if self._context is not None:
+            client.tls_set_context(self._context)
+        if self._will is not None:
+            client.will_set(
+                self._will.topic, self._will.payload, qos=1, retain=True, properties=self._will_properties()
+            )
+        return client
+
+    def _will_properties(self) -> Properties | None:
+        if self._endpoint.version != "5":
+            return None
+        properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]  # paho leaves it untyped
+        properties.ContentType = "application/vnd.fedeq.v1+cbor"
+        return properties
+
+    def _tls_context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=self._endpoint.ca)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            if self._endpoint.certificate is not None:
+                context.load_cert_chain(self._endpoint.certificate, self._endpoint.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"TLS files of the broker cannot be used: {error}; check broker.ca, .certificate, .key"
+            ) from error
+        return context
+
+    # paho's callbacks, on its thread
+
+    def _wire(self, session: _Session) -> None:
+        client = session.client
+
+        def on_connect(
+            _c: paho.Client, _u: object, _f: object, code: ReasonCode, properties: Properties | None
+        ) -> None:
+            if code.is_failure:
+                self._end(session, f"refused us: {code}")
+                return
+            with self._changed:
+                session.packet_limit = getattr(properties, "MaximumPacketSize", None)
+            client.subscribe([(pattern, 1) for pattern in self._subscriptions])
+
+        def on_subscribe(_c: paho.Client, _u: object, _mid: int, codes: list[ReasonCode], _p: object) -> None:
+            if any(code.is_failure for code in codes):
+                self._end(session, f"refused a subscription: {', '.join(map(str, codes))}")
+                return
+            with self._changed:
+                session.subscribed = True
+                self._changed.notify_all()
+            self._on_event(Connected(session.packet_limit))
+
+        def on_publish(_c: paho.Client, _u: object, _mid: int, code: ReasonCode, _p: object) -> None:
+            if code.is_failure:
+                log.error("the broker refused a message", extra={"reason": str(code), "client": self._client_id})
+            with self._changed:
+                session.in_flight -= 1
+                self._changed.notify_all()
+
+        def on_message(_c: paho.Client, _u: object, message: paho.MQTTMessage) -> None:
+            payload = bytes(message.payload)
+            with self._changed:
+                self._down += packet_bytes(message.topic, payload, self._endpoint.version)
+                self._up += _PUBACK_BYTES
+            self._on_event(Arrived(message.topic, payload))
+
+        def on_disconnect(_c: paho.Client, _u: object, _f: object, code: ReasonCode, _p: object) -> None:
+            self._end(session, f"closed the connection: {code}")
+
+        client.on_connect = on_connect
+        client.on_subscribe = on_subscribe
+        client.on_publish = on_publish
+        client.on_message = on_message
+        client.on_disconnect = on_disconnect
+        client.on_socket_open = _disable_nagle
+
+    def _end(self, session: _Session, what: str) -> None:
+        with self._changed:
+            session.reason = session.reason or f"broker {self._host}:{self._port} {what}"
+            session.over = True
+            self._changed.notify_all()
+
+
+def _disable_nagle(_client: paho.Client, _userdata: object, opened: Any) -> None:
+    if isinstance(opened, socket.socket) and opened.family in (socket.AF_INET, socket.AF_INET6):
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,0 +1,72 @@
+"""One MQTT payload: a fixed frame, a small CBOR header, raw bytes.
+
+    offset  size  field
+    0       4     magic "FDQ1" (the major version of the protocol)
+    4       1     kind: which message the header holds
+    5       1     flags, zero
+    6       2     header length, bytes (little endian, like all numbers here)
+    8       4     body length, bytes
+    12      4     CRC-32 of header and body
+    16      ...   header (CBOR map), then body (raw tensor bytes)
+
+Theory of operation. A payload comes from a device that may be broken or hostile, so every length is checked against
+the bytes at hand and against a limit *before* anything is parsed or allocated: header at most 8 kB, CBOR nesting at
+most 8, definite lengths only. Never pickle. TLS and sha256 (wire/chunks.py) protect content; the CRC only tells a
+truncated or overwritten payload from a protocol error, so that the refusal can name the right one.
+"""
+
+import struct
+import zlib
+from typing import Final
+
+import cbor2
+
+from fedeq_edge.errors import LocalWireError, RemoteWireError
+
+MAGIC: Final = b"FDQ1"
+HEADER_LIMIT_BYTES: Final = 8192  # the largest header is a manifest with a model's labels, about 2 kB
+_NESTING_LIMIT: Final = 8  # a manifest nests three deep
+_FIXED = struct.Struct("<4sBBHII")
+FRAME_BYTES: Final = _FIXED.size
+
+
+def pack(kind: int, header: dict[str, object], body: bytes | memoryview = b"") -> bytes:
+    """The frame as bytes. Raises LocalWireError where the header is over its limit."""
+    encoded = cbor2.dumps(header)
+    if len(encoded) > HEADER_LIMIT_BYTES:
+        raise LocalWireError(
+            f"message header has {len(encoded)} bytes, at most {HEADER_LIMIT_BYTES} travel: shorten plan or labels"
+        )
+    checksum = zlib.crc32(body, zlib.crc32(encoded))
+    return b"".join((_FIXED.pack(MAGIC, kind, 0, len(encoded), len(body), checksum), encoded, body))
+
+
+def unpack(payload: bytes) -> tuple[int, object, memoryview]:
+    """(kind, header, body) of one frame; the body is a view, not a copy. Raises RemoteWireError."""
+    if len(payload) < FRAME_BYTES:
+        raise RemoteWireError(f"payload has {len(payload)} bytes, a frame has at least {FRAME_BYTES}")
+    magic, kind, _flags, header_bytes, body_bytes, checksum = _FIXED.unpack_from(payload)
+    if magic != MAGIC:
+        raise RemoteWireError(f"payload begins with {magic!r}, this version speaks {MAGIC!r}")
+    if header_bytes > HEADER_LIMIT_BYTES:
+        raise RemoteWireError(f"header claims {header_bytes} bytes, the limit is {HEADER_LIMIT_BYTES}")
+    if FRAME_BYTES + header_bytes + body_bytes != len(payload):
+        claimed = FRAME_BYTES + header_bytes + body_bytes
+        raise RemoteWireError(f"frame claims {claimed} bytes but the payload has {len(payload)}")
+    rest = memoryview(payload)[FRAME_BYTES:]
+    if zlib.crc32(rest) != checksum:
+        raise RemoteWireError("checksum differs: the payload was damaged on its way")
+    return kind, _parse_header(bytes(rest[:header_bytes])), rest[header_bytes:]
+
+
+def _parse_header(encoded: bytes) -> object:
+    try:
+        return cbor2.loads(
+            encoded,
+            max_depth=_NESTING_LIMIT,
+            allow_indefinite=False,
+            allow_duplicate_keys=False,
+            strict_hashable_types=True,
+        )
+    except (cbor2.CBORError, ValueError, TypeError, OverflowError) as error:
+        raise RemoteWireError(f"header is not the CBOR of this protocol: {error}") from error

@@ -1,0 +1,244 @@
+"""The messages, their kinds, and their way to and from payloads.
+
+Every message is a frozen struct that becomes the CBOR header of one frame; tensor bytes are the frame's body.
+Decoding is strict in types and lenient in unknown keys: a newer minor version may add keys, a changed meaning gets a
+new magic. Who sends what:
+
+    Birth, Offline, Fetch, Chunk, ChunkAck, Report, Decline     device -> aggregator
+    AggregatorState, Manifest, Task, Chunk, ChunkAck, Verdict   aggregator -> device
+    Contribution, Model                                         blobs, carried by chunks
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from fedeq_edge.errors import RemoteWireError
+from fedeq_edge.wire import frame
+from fedeq_edge.wire.chunks import DIGEST_BYTES
+from fedeq_edge.wire.coding import Codec
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+Name = Annotated[str, msgspec.Meta(max_length=128)]
+Status = Literal["waiting", "running", "finishing", "finished"]
+Text = Annotated[str, msgspec.Meta(max_length=512)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all messages: a struct without behaviour."""
+
+
+class Birth(Message, frozen=True, kw_only=True):
+    """A device is here. boot: new at every start of the agent, so that an old last will can be told from a new one.
+
+    run and accepted_round: what its saved state belongs to ("" and -1 without one). duals: sha256 of its nu, empty
+    before the first round; the aggregator compares it with its own and lets a device that lost its state join anew.
+    pending_round: round of a contribution whose verdict the device has not heard, -1 without one.
+    """
+
+    boot: Name
+    samples: Positive
+    profile: Name
+    emulated: bool
+    codecs: tuple[Codec, ...]
+    run: Name = ""
+    accepted_round: int = -1
+    duals: bytes = b""
+    pending_round: int = -1
+
+
+class Offline(Message, frozen=True, kw_only=True):
+    """A device or aggregator is gone: said by itself on leaving, or by the broker as its last will."""
+
+    boot: Name
+
+
+class AggregatorState(Message, frozen=True, kw_only=True):
+    """The aggregator is here."""
+
+    boot: Name
+
+
+class Manifest(Message, frozen=True, kw_only=True):
+    """What the federation trains: retained, small, the same for all.
+
+    model and plan are maps (ModelSpec, Plan); seed: of the initial weights, which every device can make for itself.
+    """
+
+    run: Name
+    status: Status
+    round: int
+    model: dict[str, object]
+    plan: dict[str, object]
+    seed: Count
+    codec: Codec
+
+
+class Task(Message, frozen=True, kw_only=True):
+    """Do round `round` from consensus `model` (digest of z_hat) within `deadline_s` seconds of receipt.
+
+    kappa takes effect here and nu stays as it is (algorithm.md section 4, step 1). duals: digest of the nu that the
+    aggregator holds for this device, empty where it counts with nu = 0. final: no training, personalise with this
+    consensus and report.
+    """
+
+    run: Name
+    round: Count
+    model: Digest
+    kappa: float
+    deadline_s: float
+    duals: bytes = b""
+    final: bool = False
+
+
+class Fetch(Message, frozen=True, kw_only=True):
+    """Send me the consensus with digest `model`; I hold the one with digest `base` (empty: none)."""
+
+    run: Name
+    model: Digest
+    base: bytes = b""
+
+
+class Chunk(Message, frozen=True, kw_only=True):
+    """One piece of a blob (in the body). transfer: sha256 of the whole, of `size` bytes."""
+
+    transfer: Digest
+    index: Count
+    size: Positive
+
+
+class ChunkAck(Message, frozen=True, kw_only=True):
+    """The receiver holds these chunks of a transfer."""
+
+    transfer: Digest
+    bitmap: bytes
+
+
+class Metrics(Message, frozen=True, kw_only=True):
+    """What a device measured in a round. accuracy: NaN without a test part. wire_*: bytes since the agent's start."""
+
+    loss: float
+    residual: float
+    backward_residual: float
+    forward: Count
+    adjoint: Count
+    seconds: float
+    accuracy: float
+    reduced: bool
+    wire_up: Count
+    wire_down: Count
+
+
+class Contribution(Message, frozen=True, kw_only=True):
+    """theta_i - z_hat of one device and round, coded (in the body). base: digest of the z_hat it started from."""
+
+    run: Name
+    round: Count
+    boot: Name
+    base: Digest
+    samples: Positive
+    codec: Codec
+    length: Positive
+    metrics: Metrics
+
+
+class Verdict(Message, frozen=True, kw_only=True):
+    """The aggregator has stored (accepted) or refused what a device sent. code and reason name a refusal."""
+
+    run: Name
+    subject: Literal["contribution", "report"]
+    round: Count
+    accepted: bool
+    code: Name = ""
+    reason: Text = ""
+
+
+class Model(Message, frozen=True, kw_only=True):
+    """A consensus vector (in the body): a difference to the z_hat with digest `base`, or whole where base is empty.
+
+    model: digest of the decoded z_hat.
+    """
+
+    run: Name
+    round: Count
+    model: Digest
+    base: bytes
+    codec: Codec
+    length: Positive
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """A device's own model after the federation, in numbers; the model itself never leaves the device.
+
+    accuracies are NaN without a test part; local_only is None unless the plan asked for it. *_bytes: resident memory
+    of the link process at rest and the peak of link and trainer together.
+    """
+
+    run: Name
+    round: Count
+    forward: Count
+    adjoint: Count
+    residual: float
+    accuracy_personal: float
+    accuracy_consensus: float
+    local_only: float | None
+    rss_idle_bytes: Count
+    rss_peak_bytes: Count
+    wire_up: Count
+    wire_down: Count
+
+
+class Decline(Message, frozen=True, kw_only=True):
+    """A device cannot do this round: battery, memory, a failed trainer. It stays in the fleet."""
+
+    run: Name
+    round: Count
+    reason: Text
+
+
+_KINDS: Final[dict[int, type[Message]]] = {
+    1: Birth,
+    2: Offline,
+    3: AggregatorState,
+    4: Manifest,
+    5: Task,
+    6: Fetch,
+    7: Chunk,
+    8: ChunkAck,
+    9: Contribution,
+    10: Verdict,
+    11: Model,
+    12: Report,
+    13: Decline,
+}
+_NUMBERS: Final = {message: kind for kind, message in _KINDS.items()}
+KINDS: Final[tuple[type[Message], ...]] = tuple(_KINDS.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A decoded message with its body (a view of the payload)."""
+
+    message: Message
+    body: memoryview
+
+
+def encode(message: Message, body: bytes | memoryview = b"") -> bytes:
+    """The payload of a message. Raises LocalWireError where its header is too long."""
+    header = msgspec.to_builtins(message, builtin_types=(bytes,))
+    return frame.pack(_NUMBERS[type(message)], header, body)
+
+
+def decode(payload: bytes) -> Received:
+    """The message in a payload. Raises RemoteWireError naming the field that does not fit."""
+    kind, header, body = frame.unpack(payload)
+    expected = _KINDS.get(kind)
+    if expected is None:
+        raise RemoteWireError(f"message kind {kind} is unknown; this version knows 1 to {max(_KINDS)}")
+    try:
+        return Received(msgspec.convert(header, expected, builtin_types=(bytes,)), body)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise RemoteWireError(f"{expected.__name__.lower()} message: {error}") from error

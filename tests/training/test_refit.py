@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+
+from fedeq_edge.training import refit
+
+
+def clusters(seed: int = 0) -> tuple[refit.Matrix, np.ndarray]:
+    """60 samples of 3 classes with 5 features, not separable."""
+    generator = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), 20)
+    centres = generator.normal(size=(3, 5))
+    return (centres[labels] + generator.normal(size=(60, 5))).astype(np.float32), labels
+
+
+def zeros(classes: int = 3, features: int = 5) -> np.ndarray:
+    return np.zeros(classes * (features + 1), dtype=np.float32)
+
+
+def test_the_gradient_is_that_of_the_decayed_cross_entropy() -> None:
+    features, labels = clusters()
+    head = np.random.default_rng(1).normal(size=18).astype(np.float32)
+
+    def objective(vector: np.ndarray) -> float:
+        return refit.cross_entropy(features, labels, vector) + refit.DECAY * float((vector**2).sum())
+
+    def slope(index: int) -> float:
+        nudge = np.zeros(18)
+        nudge[index] = 1e-4
+        return (objective(head + nudge) - objective(head - nudge)) / 2e-4
+
+    expected = [slope(index) for index in range(18)]
+    np.testing.assert_allclose(refit._gradient(features, labels, head), expected, atol=1e-5)
+
+
+def test_a_refit_lowers_the_loss_and_leaves_the_given_head_alone() -> None:
+    features, labels = clusters()
+    start = zeros()
+    fitted = refit.fit_head(features, labels, start, steps=50, rate=0.05)
+    assert refit.cross_entropy(features, labels, fitted) < 0.7 * refit.cross_entropy(features, labels, start)
+    assert not start.any()
+    assert fitted.dtype == np.float32
+
+
+def test_a_long_refit_of_one_class_stays_finite() -> None:
+    features, _ = clusters()
+    fitted = refit.fit_head(features, np.zeros(60, dtype=np.int64), zeros(), steps=2000, rate=0.1)
+    assert np.isfinite(fitted).all()
+    assert refit.accuracy(features, np.zeros(60, dtype=np.int64), fitted) == 1.0
+
+
+def test_a_class_that_the_device_never_saw_loses_its_bias() -> None:
+    features, labels = clusters()
+    seen = labels < 2
+    fitted = refit.fit_head(features[seen], labels[seen], zeros(), steps=100, rate=0.05)
+    assert fitted[-1] < min(fitted[-3], fitted[-2])
+
+
+def test_scores_far_apart_do_not_overflow() -> None:
+    features, labels = clusters()
+    assert np.isfinite(refit.cross_entropy(features * 1e4, labels, np.ones(18, dtype=np.float32)))
+
+
+def test_accuracy_without_samples_is_not_a_number() -> None:
+    assert np.isnan(refit.accuracy(np.zeros((0, 5), dtype=np.float32), np.zeros(0, dtype=np.int64), zeros()))
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_as_many_steps_as_asked_for_are_made(steps: int) -> None:
+    features, labels = clusters()
+    moved = refit.fit_head(features, labels, zeros(), steps=steps, rate=0.01)
+    # Adam's first step has the size of the rate wherever there is a gradient; balanced classes leave the biases none
+    np.testing.assert_allclose(np.abs(moved[:15]), 0.01 * steps, rtol=1e-3)
