@@ -22,6 +22,7 @@ from typing import Final
 import msgspec
 
 from fedeq_edge import logs, modelfile, settings
+from fedeq_edge.consensus.methods import Method
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, FedEqError, TransportError
 from fedeq_edge.hardware.memory import peak_rss_bytes, rss_bytes
@@ -37,7 +38,7 @@ from fedeq_edge.transport.mqtt import MqttTransport
 from fedeq_edge.wire.messages import Manifest
 from fedeq_edge.wire.topics import Topics
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedeq_edge.agent")  # __name__ is "__main__" when run as a program
 
 PERSONAL: Final = "personal.fedeq"
 _TICK_S: Final = 2.0  # retries are 10 s apart; a device at rest should hardly wake
@@ -206,6 +207,7 @@ class Agent:
         return exchange.Setup(
             spec=msgspec.convert(self._manifest.model, ModelSpec),
             plan=msgspec.convert(self._manifest.plan, Plan),
+            method=msgspec.convert(self._manifest.method, Method),
             data=str(self._data),
             cache=str(self._folder / "calibration"),
             profile=self._settings.profile,

@@ -1,1 +1,57 @@
-"""Placeholder."""
+"""`fedeq`: one module per noun. Commands parse, call one function, print.
+
+People read tables and one-line errors on stderr; programs read `--json` on stdout.
+Exit 0 done, 1 failed, 2 misused, 130 interrupted.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fedeq_edge import __version__, logs
+from fedeq_edge.cli import agent, aggregator, broker, data, demo, device, model
+from fedeq_edge.errors import ConfigError, FedEqError
+
+app = typer.Typer(
+    name="fedeq",
+    help="Federated deep equilibrium learning on heterogeneous edge devices.",
+    epilog="Example: fedeq demo --devices 6 --rounds 15",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for noun, group in (
+    ("agent", agent.app),
+    ("aggregator", aggregator.app),
+    ("broker", broker.app),
+    ("data", data.app),
+    ("device", device.app),
+    ("model", model.app),
+):
+    app.add_typer(group, name=noun)
+app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedeq-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _wanted: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    logs.configure()
+
+
+def main() -> None:
+    """Run the command line; errors raised on purpose become one line on stderr."""
+    try:
+        app()
+    except FedEqError as error:
+        typer.echo(f"fedeq: {error}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -266,8 +266,8 @@ class _Run:
             self._look(z, fz)
             if self._tol > 0.0 and self._stop():
                 return True
-        z_next = self._memory.advance(z, fz, self._value, index)
-        self._z = z_next if self._active is None else torch.where(per_sample(self._active, fz), z_next, self._value)
+        # Stopped samples go on being evaluated with their batch; their answer is held and no other sample sees them.
+        self._z = self._memory.advance(z, fz, self._value, index)
         return False
 
     def _look(self, z: Tensor, fz: Tensor) -> None:

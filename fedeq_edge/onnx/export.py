@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.deq.wellposed import contraction_rate
-from fedeq_edge.errors import ExportError
+from fedeq_edge.errors import ExportError, StateError
 
 try:
     import onnx
@@ -22,6 +22,7 @@ from fedeq_edge.onnx.recipe import Recipe, load_recipe
 from fedeq_edge.onnx.runtime import SCHEMA_VERSION
 from fedeq_edge.onnx.verify import Verification, verify
 from fedeq_edge.onnx.wrap import build
+from fedeq_edge.storage import write_atomically
 
 
 def export(
@@ -56,7 +57,10 @@ def export(
     model = _build(spec, theta, head, recipe, entries)
     verification = verify(model, spec, theta, head, budget=budget, tol=accuracy)
     _accept(verification, path, recipe)
-    _replace(path, model)
+    try:
+        write_atomically(path, model)
+    except StateError as error:
+        raise ExportError(str(error)) from error
     return verification
 
 
@@ -77,12 +81,8 @@ def _build(
     """The bytes of the model, structurally valid by the rules of onnx."""
     weights = named_weights(spec, theta, head)
     model = build(spec, weights, opset=recipe.opset, ir_version=recipe.ir_version)
-    digest = hashlib.sha256(theta.astype("<f4").tobytes() + head.astype("<f4").tobytes()).hexdigest()
-    facts = {"fedeq.weights_sha256": digest}
-    if spec.cell == "contractive" and spec.radius is not None:
-        facts["fedeq.gamma"] = f"{contraction_rate(theta, spec):.6g}"
     # Sorted, so that the bytes do not depend on the order in which a caller wrote them.
-    onnx.helper.set_model_props(model, dict(sorted({**entries, **facts}.items())))
+    onnx.helper.set_model_props(model, dict(sorted({**entries, **_facts(spec, theta, head)}.items())))
     try:
         onnx.checker.check_model(model, full_check=True)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -91,6 +91,15 @@ def _build(
         raise ExportError(f"export: onnx refuses the graph: {reason}; set opset = 18 in recipe.toml") from error
     content: bytes = model.SerializeToString()
     return content
+
+
+def _facts(spec: ModelSpec, theta: NDArray[np.float32], head: NDArray[np.float32]) -> dict[str, str]:
+    """Metadata that follows from the parameters: their digest and, for a well-posed cell, its contraction rate."""
+    parameters = theta.astype("<f4").tobytes() + head.astype("<f4").tobytes()
+    facts = {"fedeq.weights_sha256": hashlib.sha256(parameters).hexdigest()}
+    if spec.cell == "contractive" and (gamma := contraction_rate(theta, spec)) < 1.0:
+        facts["fedeq.gamma"] = f"{gamma:.6g}"
+    return facts
 
 
 def _accept(verification: Verification, path: Path, recipe: Recipe) -> None:
@@ -103,14 +112,3 @@ def _accept(verification: Verification, path: Path, recipe: Recipe) -> None:
         raise ExportError(
             f"{path}: not written, iteration counts differ from torch; a tol near float32's noise does that: raise it"
         )
-
-
-def _replace(path: Path, model: bytes) -> None:
-    """`path` holds the whole model, or what it held before: never a part."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(model)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ExportError(f"{path}: cannot be written: {error.strerror}; choose another folder") from error

@@ -557,6 +557,7 @@ class Aggregator:
             round=self.state.round,
             model=dict(self.federation.model),
             plan=dict(self.federation.plan),
+            method=msgspec.to_builtins(self.federation.method),
             seed=self.federation.seed,
             codec=self.federation.codec,
         )

@@ -367,7 +367,7 @@ class Client:
 
 def _setup(manifest: messages.Manifest) -> tuple[object, ...]:
     """What a trainer is set up with: when it changes, the trainer starts anew."""
-    return manifest.run, manifest.model, manifest.plan, manifest.seed
+    return manifest.run, manifest.model, manifest.plan, manifest.method, manifest.seed
 
 
 def _metrics(result: LocalResult, usage: Usage) -> messages.Metrics:

@@ -10,6 +10,7 @@ from typing import BinaryIO, Final
 import msgspec
 
 from fedeq_edge import structs
+from fedeq_edge.consensus.methods import Method
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.training.step import LocalResult, LocalTask, Personal, Plan, Vector
 
@@ -26,6 +27,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     spec: ModelSpec
     plan: Plan
+    method: Method
     data: str
     cache: str
     profile: str

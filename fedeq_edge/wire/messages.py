@@ -65,7 +65,8 @@ class AggregatorState(Message, frozen=True, kw_only=True):
 class Manifest(Message, frozen=True, kw_only=True):
     """What the federation trains: retained, small, the same for all.
 
-    model and plan are maps (ModelSpec, Plan); seed: of the initial weights, which every device can make for itself.
+    model, plan and method are maps (ModelSpec, Plan, Method); seed: of the initial weights, which every device can make
+    for itself.
     """
 
     run: Name
@@ -73,6 +74,7 @@ class Manifest(Message, frozen=True, kw_only=True):
     round: int
     model: dict[str, object]
     plan: dict[str, object]
+    method: dict[str, object]
     seed: Count
     codec: Codec
 

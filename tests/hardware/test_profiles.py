@@ -9,6 +9,7 @@ from fedeq_edge.errors import ConfigError
 from fedeq_edge.hardware.probe import probe
 from fedeq_edge.hardware.profiles import load_profile, profiles, recognise
 from fedeq_edge.kit import folder
+from fedeq_edge.settings import AgentSettings, load
 
 BOARDS = [
     "jetson-orin-nano",
@@ -36,9 +37,11 @@ def test_boards_are_ordered_by_speed_as_their_cores_are() -> None:
 
 @pytest.mark.parametrize("board", BOARDS)
 def test_each_board_brings_a_sample_agent_configuration_for_itself(board: str) -> None:
-    sample = msgspec.toml.decode((folder("devices") / board / "agent.toml").read_bytes())
+    sample = load(folder("devices") / board / "agent.toml", AgentSettings)
 
-    assert sample["profile"] == board
+    assert sample.profile == board
+    assert not sample.emulate
+    assert sample.broker.endpoint()
 
 
 def test_an_unknown_board_names_the_nearest() -> None:

@@ -1,6 +1,7 @@
 """An exported file answers as torch does, or it is not written."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedeq_edge.deq import solvers
 from fedeq_edge.deq.initial import initial
+from fedeq_edge.deq.layout import theta_layout
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import ModelSpec, published
 from fedeq_edge.errors import ConfigError, ExportError
@@ -47,7 +49,9 @@ def lively(spec: ModelSpec, seed: int = 0) -> tuple[Vector, Vector]:
     """Parameters away from the start: norms with scales and shifts of their own, heads that tell classes apart."""
     theta, head = initial(spec, seed)
     draw = np.random.default_rng(seed)
-    theta += (0.1 * draw.standard_normal(len(theta)) * (theta == np.round(theta))).astype(np.float32)
+    for slot in theta_layout(spec):
+        if ".norm" in slot.name or slot.name.endswith("bias"):
+            slot.view(theta)[:] += 0.1 * draw.standard_normal(slot.shape)
     return theta, 2 * head
 
 
@@ -66,7 +70,7 @@ def test_every_kind_of_model_answers_as_torch_does(name: str, tmp_path: Path) ->
 
     verification = export(spec, theta, head, tmp_path / "model.onnx", budget=12)
 
-    assert verification.max_abs_diff <= 1e-5  # the issue allows 1e-4; float32 gives 1e-6
+    assert verification.max_abs_diff <= 3e-5  # 1e-4 is allowed; the published block amplifies most
     assert verification.iterations_equal
     assert 1 <= verification.iterations_mean <= 12
     assert verification.samples == 82
@@ -89,7 +93,7 @@ def test_budget_and_tolerance_given_per_call_are_honoured(name: str, budget: int
     assert ((found.residual <= tol) | (found.iterations == budget)).all()
 
 
-specs = st.builds(
+specs: st.SearchStrategy[dict[str, object]] = st.builds(
     dict,
     input_shape=st.one_of(
         st.tuples(st.integers(1, 9)),
@@ -157,9 +161,10 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     assert len(predictor.metadata["fedeq.weights_sha256"]) == 64
 
 
-def test_a_cell_without_a_guarantee_claims_none(tmp_path: Path) -> None:
-    spec = SPECS["residual relu"]
-    export(spec, *lively(spec), tmp_path / "model.onnx", budget=3)
+@pytest.mark.parametrize(("name", "stretch"), [("residual relu", 1), ("image", 2)])
+def test_a_cell_that_is_not_well_posed_claims_no_rate(name: str, stretch: int, tmp_path: Path) -> None:
+    theta, head = lively(SPECS[name])
+    export(SPECS[name], stretch * theta, head, tmp_path / "model.onnx", budget=3)
 
     assert "fedeq.gamma" not in Predictor(tmp_path / "model.onnx").metadata
 
@@ -223,8 +228,9 @@ def test_a_recipe_that_asks_for_an_opset_we_do_not_write_is_refused(
         (lambda theta, head: (theta * np.float32("nan"), head), "theta holds NaN"),
     ],
 )
-def test_parameters_that_do_not_fit_are_named(break_it: object, message: str, tmp_path: Path) -> None:
-    assert callable(break_it)
+def test_parameters_that_do_not_fit_are_named(
+    break_it: Callable[[Vector, Vector], tuple[Vector, Vector]], message: str, tmp_path: Path
+) -> None:
     theta, head = break_it(*lively(IMAGE))
 
     with pytest.raises(ExportError, match=message):
@@ -238,7 +244,7 @@ def test_other_misuse_is_named_too(tmp_path: Path) -> None:
         export(IMAGE, theta, head, tmp_path / "m.onnx", budget=4, labels=["a", "b"])
     with pytest.raises(ExportError, match="budget 0 must be at least 1"):
         export(IMAGE, theta, head, tmp_path / "m.onnx", budget=0)
-    with pytest.raises(ExportError, match="cannot be written"):
+    with pytest.raises(ExportError, match=r"cannot write .*m\.onnx"):
         export(IMAGE, theta, head, tmp_path / "missing" / "m.onnx", budget=4)
     with pytest.raises(ConfigError, match="no recipe for target 'tpu'"):
         recipe.load_recipe("tpu")

@@ -1,0 +1,5 @@
+"""`python -m fedeq_edge` is `fedeq`."""
+
+from fedeq_edge.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""fedeq aggregator: the program on a gateway."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedeq_edge import settings
+from fedeq_edge.errors import ConfigError
+from fedeq_edge.gateway import Gateway
+from fedeq_edge.settings import AggregatorSettings
+from fedeq_edge.storage import history
+
+app = typer.Typer(help="The aggregator on a gateway.", no_args_is_help=True, rich_markup_mode=None)
+Config = Annotated[Path, typer.Option(help="Settings of the federation.")]
+
+
+@app.command(epilog="Example: fedeq aggregator run --config aggregator.toml")
+def run(config: Config = Path("aggregator.toml")) -> None:
+    """Run the federation's rounds until the last one, or until SIGTERM; goes on where it was after a crash."""
+    Gateway(config, settings.load(config, AggregatorSettings)).run()
+
+
+@app.command(epilog="Example: fedeq aggregator status --config aggregator.toml --json")
+def status(
+    config: Config = Path("aggregator.toml"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Show where the federation stands."""
+    chosen = settings.load(config, AggregatorSettings)
+    folder = settings.resolve(config, chosen.state)
+    current = _read_status(folder)
+    if as_json:
+        typer.echo(json.dumps(current))
+    else:
+        _show(current, history(folder))
+
+
+def _read_status(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} holds no status; has the aggregator run with this configuration?") from error
+    return {**found, "running": Path(f"/proc/{found['pid']}").exists()}
+
+
+def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    console = Console(stderr=True)
+    alive = "running" if current["running"] else "not running"
+    console.print(
+        f"{current['run']}: {current['status']}, round {current['round']} of {current['rounds']} ({alive}); "
+        f"broker: {current['broker']}"
+    )
+    console.print(f"online {len(current['online'])} of {current['members']} members, refusals {current['refusals']}")
+    table = Table("round", "contributed", "late", "accuracy", "primal", "dual", "seconds")
+    for line in [line for line in lines if line["kind"] == "round"][-10:]:
+        told = [device["accuracy"] for device in line["devices"].values() if device["accuracy"] is not None]
+        table.add_row(
+            str(line["round"]),
+            f"{len(line['contributed'])}/{line['cohort']}",
+            str(len(line["late"])),
+            f"{sum(told) / len(told):.3f}" if told else "-",
+            f"{line['primal_residual']:.3g}",
+            f"{line['dual_residual']:.3g}",
+            f"{line['seconds']:.1f}",
+        )
+    console.print(table)

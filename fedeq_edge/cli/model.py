@@ -1,0 +1,127 @@
+"""fedeq model: personal models as files."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedeq_edge import modelfile
+from fedeq_edge.data.npz import load_client
+from fedeq_edge.deq.layout import head_layout, size, theta_layout
+from fedeq_edge.errors import ConfigError
+from fedeq_edge.storage import finite
+
+app = typer.Typer(
+    help="Personal models: look at them, export them, ask them.", no_args_is_help=True, rich_markup_mode=None
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@app.command(epilog="Example: fedeq model export personal.fedeq --out model.onnx --budget 12")
+def export(
+    model: Annotated[Path, typer.Argument(help="personal.fedeq out of a device's state folder.")],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write.")] = Path("model.onnx"),
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Default of max_iter; the model's own if not given.")
+    ] = None,
+    tol: Annotated[float | None, typer.Option(min=0.0, help="Default tolerance; the recipe's if not given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the model as ONNX with the solver inside, after checking it against torch; no file if a check fails."""
+    from fedeq_edge.onnx.export import export as write_onnx  # noqa: PLC0415  # onnx and torch only where needed
+
+    found = modelfile.read(model)
+    verification = write_onnx(
+        found.spec,
+        found.theta,
+        found.head,
+        out,
+        budget=found.budget.forward if budget is None else budget,
+        tol=tol,
+        labels=found.labels or None,
+        round_number=found.round,
+    )
+    told = {"path": str(out), "bytes": out.stat().st_size, **msgspec.to_builtins(verification)}
+    if as_json:
+        typer.echo(json.dumps(finite(told)))
+    else:
+        typer.echo(
+            f"{out}: {told['bytes']} bytes, max |onnx - torch| {verification.max_abs_diff:.1e} on logits, "
+            "same iteration counts",
+            err=True,
+        )
+
+
+@app.command(epilog="Example: fedeq model inspect personal.fedeq")
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A personal.fedeq or an exported .onnx file.")], as_json: AsJson = False
+) -> None:
+    """Show what a model file is."""
+    facts = _onnx_facts(model) if model.suffix == ".onnx" else _model_facts(model)
+    if as_json:
+        typer.echo(json.dumps(finite(facts)))
+        return
+    table = Table("what", "value")
+    for key, value in facts.items():
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value))
+    Console(stderr=True).print(table)
+
+
+def _model_facts(path: Path) -> dict[str, object]:
+    model = modelfile.read(path)
+    facts: dict[str, object] = {
+        "device": model.device,
+        "run": model.run,
+        "round": model.round,
+        "budget": msgspec.to_builtins(model.budget),
+        "theta_parameters": size(theta_layout(model.spec)),
+        "head_parameters": size(head_layout(model.spec)),
+    }
+    facts.update(msgspec.to_builtins(model.spec))
+    return facts
+
+
+def _onnx_facts(path: Path) -> dict[str, object]:
+    from fedeq_edge.onnx.runtime import Predictor  # noqa: PLC0415  # onnxruntime only where needed
+
+    predictor = Predictor(path)
+    return {"input_shape": list(predictor.input_shape), **predictor.metadata}
+
+
+@app.command(epilog="Example: fedeq model infer model.onnx data.npz --budget 4")
+def infer(
+    model: Annotated[Path, typer.Argument(help="An exported .onnx file.")],
+    data: Annotated[Path, typer.Argument(help="An .npz with x and y, as a device has it.")],
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Most cell evaluations; the file's own if not given.")
+    ] = None,
+    tol: Annotated[float | None, typer.Option(min=0.0, help="Residual at which a sample stops.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask an exported model about the test part of a data file, with onnxruntime."""
+    from fedeq_edge.onnx.runtime import Predictor  # noqa: PLC0415  # onnxruntime only where needed
+
+    loaded = load_client(data)
+    if not len(loaded.y_test):
+        raise ConfigError(f"{data} has no test rows; mark some in an array named split")
+    answer = Predictor(model).infer(loaded.x_test, budget=budget, tol=tol)
+    told = {
+        "samples": len(loaded.y_test),
+        "accuracy": float(np.mean(answer.logits.argmax(1) == loaded.y_test)),
+        "iterations_mean": float(answer.iterations.mean()),
+        "residual_max": float(answer.residual.max()),
+        "labels": list(answer.labels),
+    }
+    if as_json:
+        typer.echo(json.dumps(finite(told)))
+    else:
+        typer.echo(
+            f"{told['samples']} samples: accuracy {told['accuracy']:.3f}, {told['iterations_mean']:.1f} evaluations a "
+            f"sample, largest residual {told['residual_max']:.1e}",
+            err=True,
+        )

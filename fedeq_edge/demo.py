@@ -1,0 +1,463 @@
+"""`fedeq demo`: a whole fleet on one machine, every part of it real.
+
+Broker, aggregator and agents are the programs that run in the field, as processes of their own; only the boards are
+emulated, by scaling what a training step costs with the board's relative speed (and everything shown says so).
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+import numpy as np
+
+from fedeq_edge import __version__, modelfile, report, settings
+from fedeq_edge.agent import PERSONAL
+from fedeq_edge.data.npz import ClientData, describe, load_fleet, save_client
+from fedeq_edge.deq.layout import head_layout, size, theta_layout
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.errors import ConfigError, StateError
+from fedeq_edge.protocol.schedule import Schedule
+from fedeq_edge.settings import AgentSettings, AggregatorSettings, BrokerSettings
+from fedeq_edge.storage import finite, history, write_atomically
+from fedeq_edge.training.recommend import recommend
+from fedeq_edge.transport import broker as ladder
+from fedeq_edge.wire.coding import Codec
+from fedeq_edge.wire.topics import check_identifier
+
+PROFILES: Final = ("raspberry-pi-zero-2w", "raspberry-pi-4", "x86-64")
+FEDERATION: Final = "demo"
+_POLL_S: Final = 0.2
+_LEAVE_S: Final = 15.0  # an agent finishes its step and says goodbye
+# More trainers at once would only wait for each other on a small machine, and each holds a torch in memory.
+_LARGEST_COHORT: Final = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where the data comes from: "digits", or an .npz of a fleet with the names of its arrays."""
+
+    data: str = "digits"
+    x: str = "x"
+    y: str = "y"
+    client: str = "client"
+    test: str | None = None
+    where: str | None = None
+    classes: str | None = None
+    clients: int | None = None
+
+    def load(self, devices: int, seed: int) -> dict[str, ClientData]:
+        """One data set per device, by device id. Raises DataError where the file cannot be used."""
+        if self.data == "digits":
+            from fedeq_edge.data.digits import digits_fleet  # noqa: PLC0415  # scikit-learn only for this data set
+
+            return digits_fleet(devices=devices, seed=seed)
+        path = Path(self.data)
+        fleet = load_fleet(
+            path,
+            x=self.x,
+            y=self.y,
+            client=self.client,
+            test=self.test,
+            where=self.where,
+            classes=self.classes,
+            clients=self.clients,
+        )
+        describe(fleet)  # the clients fit together, or a DataError says which does not
+        width = len(str(len(fleet)))
+        return {_device_id(name, number, width): data for number, (name, data) in enumerate(fleet.items(), 1)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a user chooses. rounds, preset: None takes what is recommended for the data."""
+
+    source: Source
+    devices: int = 6
+    rounds: int | None = None
+    broker: str = "auto"
+    preset: str | None = None
+    codec: Codec = "int8"
+    seed: int = 0
+    out: Path | None = None
+
+
+class View(Protocol):
+    """Somebody who watches."""
+
+    def says(self, text: str) -> None:
+        """A step of the demo begins."""
+        ...
+
+    def status(self, status: Mapping[str, Any]) -> None:
+        """The aggregator's latest status."""
+        ...
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """A round has closed, or a device has reported."""
+        ...
+
+
+@dataclass(slots=True)
+class _Seconds:
+    """Where the time went."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.parts[name] = self.parts.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+def run(options: Options, view: View) -> dict[str, Any]:
+    """Run the demo and return its summary; everything is under the returned summary's "out".
+
+    Raises FedEqError in one line where data, broker or folder cannot be used, or a part of the fleet has failed.
+    """
+    seconds = _Seconds()
+    fleet = options.source.load(options.devices, options.seed)
+    chosen = _federation(options, fleet)
+    out = _folder(options.out)
+    with ladder.running(options.broker, log=out / "broker.log") as broker:
+        _prepare(out, fleet, chosen, BrokerSettings(url=broker.endpoint.url, version=broker.endpoint.version))
+        view.says(
+            f"{broker.kind} {broker.version} at {broker.endpoint.url}; {len(fleet)} devices, each in its own process"
+        )
+        with _processes(out, list(fleet)) as processes:
+            _watch(out, processes, view, seconds)
+    view.says("exporting each device's personal model to ONNX and checking it against torch")
+    exported = _export(out, fleet)
+    seconds.lap("export")
+    summary = _summary(options, out, fleet, chosen, exported, seconds)
+    summary["broker"] = {"kind": broker.kind, "version": broker.version}
+    _write(out, summary)
+    return summary
+
+
+# Preparing
+
+
+def _device_id(name: str, number: int, width: int) -> str:
+    """The client's name where it can be an id, else its number."""
+    if name.isdigit():
+        return f"client-{int(name):0{width}d}"
+    try:
+        return check_identifier(name.lower(), "client")
+    except ConfigError:
+        return f"client-{number:0{width}d}"
+
+
+def _federation(options: Options, fleet: Mapping[str, ClientData]) -> AggregatorSettings:
+    summary = describe(fleet)
+    shift, scale = _statistics(fleet)
+    spec, plan = recommend(summary.shape, summary.classes, shift=shift, scale=scale)
+    rounds = plan.rounds if options.rounds is None else options.rounds
+    count = len(fleet)
+    return AggregatorSettings(
+        federation=FEDERATION,
+        model=spec,
+        codec=options.codec,
+        seed=options.seed,
+        train=msgspec.structs.replace(plan, rounds=rounds, compare_local=True),
+        method={"preset": "admm", "heads": plan.heads, "rho": plan.kappa},
+        # The first round pays for the start of every trainer, all of them on this one machine.
+        schedule=Schedule(
+            min_devices=count,
+            fraction=min(1.0, _LARGEST_COHORT / count),
+            deadline_s=60.0 + 5.0 * count,
+            final_s=120.0 + 20.0 * count,
+            seed=options.seed,
+        ),
+    )
+
+
+def _statistics(fleet: Mapping[str, ClientData]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the training samples per channel (one value for all features of dense data).
+
+    A real fleet takes them from what is known of its sensors; a demo has all the data in one place.
+    """
+    x = np.concatenate([data.x_train for data in fleet.values()])
+    axes = (0, *range(2, x.ndim)) if x.ndim > 2 else (0,)
+    scale = np.maximum(x.std(axis=axes), 1e-3)  # a constant channel stays finite
+    return tuple(map(float, x.mean(axis=axes))), tuple(map(float, scale))
+
+
+def _folder(wanted: Path | None) -> Path:
+    """An empty folder for this run. Raises StateError where an earlier run lies there."""
+    if wanted is None:
+        names = (Path(f"fedeq-demo{suffix}") for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
+        wanted = next(name for name in names if not name.exists())
+    if wanted.exists() and any(wanted.iterdir()):
+        raise ConfigError(f"output folder {wanted} is not empty (an earlier run?); remove it or choose another --out")
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output folder {wanted} cannot be made: {error.strerror}; choose another --out") from error
+    return wanted.resolve()
+
+
+def _prepare(out: Path, fleet: Mapping[str, ClientData], chosen: AggregatorSettings, broker: BrokerSettings) -> None:
+    """Every process finds its settings and data, as in the field."""
+    gateway = out / "aggregator"
+    gateway.mkdir()
+    (gateway / "aggregator.toml").write_text(settings.to_toml(msgspec.structs.replace(chosen, broker=broker)))
+    for number, (device, data) in enumerate(fleet.items()):
+        folder = out / "devices" / device
+        folder.mkdir(parents=True)
+        save_client(folder / "data.npz", data)
+        own = AgentSettings(
+            device=device,
+            federation=FEDERATION,
+            data="data.npz",
+            profile=PROFILES[number % len(PROFILES)],
+            emulate=True,
+            trainer_idle_s=300.0,
+            broker=broker,
+        )
+        (folder / "agent.toml").write_text(settings.to_toml(own))
+
+
+# Running
+
+
+@dataclass(slots=True)
+class _Processes:
+    aggregator: "subprocess.Popen[bytes]"
+    agents: dict[str, "subprocess.Popen[bytes]"]
+
+
+@contextlib.contextmanager
+def _processes(out: Path, devices: Sequence[str]) -> Iterator[_Processes]:
+    """Aggregator and agents; on the way out the agents say goodbye, and nothing is left running."""
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        aggregator = _start("aggregator", out / "aggregator" / "aggregator.toml")
+        started.append(aggregator)
+        agents = {device: _start("agent", out / "devices" / device / "agent.toml") for device in devices}
+        started.extend(agents.values())
+        yield _Processes(aggregator, agents)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in started:
+            try:
+                process.wait(_LEAVE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _start(noun: str, config: Path) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with config.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedeq_edge", noun, "run", "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C on the terminal is ours to pass on
+        )
+
+
+def _watch(out: Path, processes: _Processes, view: View, seconds: _Seconds) -> None:
+    """Until the aggregator has finished. Raises StateError where a part of the fleet has failed."""
+    folder, shown = out / "aggregator" / "state", 0
+    while True:
+        running = processes.aggregator.poll() is None
+        status = _status(folder)
+        lines = history(folder)
+        for line in lines[shown:]:
+            if line["kind"] == "round":
+                seconds.lap("start" if line["round"] == 1 else "rounds")
+            view.round(line)
+        shown = len(lines)
+        if status is not None:
+            view.status(status)
+        if not running:
+            break
+        _check_agents(processes, out)
+        time.sleep(_POLL_S)
+    seconds.lap("personal")
+    if processes.aggregator.returncode != 0:
+        raise StateError(f"the aggregator failed: {_last_line(out / 'aggregator' / 'aggregator.log')}")
+    if status is None or status["status"] != "finished":
+        raise StateError(f"the aggregator left before the end; see {out / 'aggregator' / 'aggregator.log'}")
+
+
+def _status(folder: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def _check_agents(processes: _Processes, out: Path) -> None:
+    for device, process in processes.agents.items():
+        if process.poll() not in (None, 0):
+            raise StateError(f"the agent of {device} failed: {_last_line(out / 'devices' / device / 'agent.log')}")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"no message in {log}"
+
+
+# Afterwards
+
+
+def _export(out: Path, fleet: Mapping[str, ClientData]) -> dict[str, dict[str, Any]]:
+    """model.onnx beside each device that has a personal model, and what its check found."""
+    from fedeq_edge.onnx.export import export  # noqa: PLC0415  # onnx, onnxruntime and torch only from here on
+    from fedeq_edge.onnx.runtime import Predictor  # noqa: PLC0415
+
+    found: dict[str, dict[str, Any]] = {}
+    for device, data in fleet.items():
+        folder = out / "devices" / device
+        if not (folder / "state" / PERSONAL).exists():
+            continue
+        model = modelfile.read(folder / "state" / PERSONAL)
+        path = folder / "model.onnx"
+        budget = model.budget.forward
+        verification = export(model.spec, model.theta, model.head, path, budget=budget, round_number=model.round)
+        answer = Predictor(path).infer(data.x_test) if len(data.y_test) else None
+        found[device] = {
+            "path": str(path.relative_to(out)),
+            "max_abs_diff": verification.max_abs_diff,
+            "iterations": verification.iterations_mean,
+            "latency_ms": verification.latency_ms,
+            "accuracy": None if answer is None else float(np.mean(answer.logits.argmax(1) == data.y_test)),
+        }
+    return found
+
+
+def _summary(
+    options: Options,
+    out: Path,
+    fleet: Mapping[str, ClientData],
+    chosen: AggregatorSettings,
+    exported: Mapping[str, Mapping[str, Any]],
+    seconds: _Seconds,
+) -> dict[str, Any]:
+    lines = history(out / "aggregator" / "state")
+    rounds = [line for line in lines if line["kind"] == "round"]
+    reports = {line["device"]: line for line in lines if line["kind"] == "report"}
+    devices = [
+        _device_summary(device, number, len(data.y_train), rounds, reports.get(device), exported.get(device))
+        for number, (device, data) in enumerate(fleet.items())
+    ]
+    personal = _mean(device["accuracy"]["personal"] for device in devices)
+    local = _mean(device["accuracy"]["local_only"] for device in devices)
+    status = _status(out / "aggregator" / "state") or {}
+    return {
+        "version": __version__,
+        "command": shlex.join(["fedeq", *sys.argv[1:]]),
+        "out": str(out),
+        "data": _data_summary(options.source, fleet),
+        "model": {**msgspec.to_builtins(chosen.model), **_sizes(chosen.model)},
+        "method": chosen.resolved_method().name,
+        "heads": chosen.resolved_method().heads,
+        "codec": chosen.codec,
+        "rounds": len(rounds),
+        "wall_s": sum(seconds.parts.values()),
+        "seconds": dict(seconds.parts),
+        "accuracy": {
+            "personal": personal,
+            "consensus": _mean(device["accuracy"]["consensus"] for device in devices),
+            "local_only": local,
+            "worst_five_personal": _worst_five([device["accuracy"]["personal"] for device in devices]),
+        },
+        "errors_saved": None if personal is None or not local or local >= 1.0 else (personal - local) / (1.0 - local),
+        "bytes_per_client_round": _bytes(chosen.model, reports, rounds),
+        "aggregator": {"rss_peak_bytes": status.get("rss_peak_bytes"), "cpu_s": status.get("cpu_s")},
+        "devices": devices,
+    }
+
+
+def _data_summary(source: Source, fleet: Mapping[str, ClientData]) -> dict[str, Any]:
+    summary = describe(fleet)
+    return {
+        "name": "digits" if source.data == "digits" else Path(source.data).name,
+        "clients": len(fleet),
+        "classes": summary.classes,
+        "train_samples": sum(len(data.y_train) for data in fleet.values()),
+        "test_samples": sum(len(data.y_test) for data in fleet.values()),
+        "input_shape": list(summary.shape),
+    }
+
+
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    return {"theta_parameters": size(theta_layout(spec)), "head_parameters": size(head_layout(spec))}
+
+
+def _device_summary(
+    device: str,
+    number: int,
+    samples: int,
+    rounds: Sequence[Mapping[str, Any]],
+    reported: Mapping[str, Any] | None,
+    exported: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    own = [line["devices"][device] for line in rounds if device in line["devices"]]
+    told = reported or {}
+    return {
+        "id": device,
+        "profile": PROFILES[number % len(PROFILES)],
+        "emulated": True,
+        "samples": samples,
+        "budget": {
+            "forward": max((line["forward"] for line in own), default=None),
+            "adjoint": max((line["adjoint"] for line in own), default=None),
+        },
+        "residual_mean": _mean(line["residual"] for line in own),
+        "seconds_per_round": _mean(line["seconds"] for line in own),
+        "rss_idle_bytes": told.get("rss_idle_bytes"),
+        "rss_peak_bytes": told.get("rss_peak_bytes"),
+        "accuracy": {
+            "personal": told.get("accuracy_personal"),
+            "consensus": told.get("accuracy_consensus"),
+            "local_only": told.get("local_only"),
+        },
+        "onnx": dict(exported) if exported else None,
+    }
+
+
+def _bytes(
+    spec: ModelSpec, reports: Mapping[str, Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Bytes on the wire per client and round in which it took part, beside the whole model as float32 each way."""
+    taken = {device: sum(device in line["contributed"] for line in rounds) for device in reports}
+    whole = 4 * sum(_sizes(spec).values())
+    return {
+        "up": _mean(reports[device]["wire_up"] / count for device, count in taken.items() if count),
+        "down": _mean(reports[device]["wire_down"] / count for device, count in taken.items() if count),
+        "float32_full_model": {"up": whole, "down": whole},
+    }
+
+
+def _mean(values: "Iterator[float | None] | Sequence[float | None]") -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _worst_five(accuracies: Sequence[float | None]) -> float | None:
+    return _mean(sorted(value for value in accuracies if value is not None)[:5])
+
+
+def _write(out: Path, summary: Mapping[str, Any]) -> None:
+    lines = history(out / "aggregator" / "state")
+    write_atomically(out / "summary.json", json.dumps(finite(summary), indent=2).encode())
+    write_atomically(out / "report.html", report.render(summary, lines).encode())
