@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,7 +19,11 @@ from fedeq_edge.errors import ConfigError
 from fedeq_edge.storage import finite
 from fedeq_edge.training.step import Heads
 
+if TYPE_CHECKING:
+    import jinja2
+
 UNKNOWN = "–"
+_SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 # Two accuracies closer than this come from the same number of right answers: float noise, far below one sample.
 TIE = 1e-9
 AXIS_TICKS = 7  # as many labels as fit side by side on a phone
@@ -277,7 +281,7 @@ def render(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> 
     )
 
 
-def _template() -> Any:
+def _template() -> "jinja2.Template":
     try:
         import jinja2  # noqa: PLC0415 - of the demo extra; an agent or a gateway has no use for it
     except ImportError:
@@ -498,14 +502,14 @@ def _if_known(text: Callable[[float], str]) -> Callable[[float | None], str]:
 
 @_if_known
 def percent(share: float) -> str:
-    """0.9754 -> "97.5 %"; the space does not break."""
-    return f"{100 * share:.1f} %"
+    """A share with one decimal: 0.9754 -> "97.5 %"."""
+    return f"{100 * share:.1f}{_SPACE}%"
 
 
 @_if_known
 def percent_mark(share: float) -> str:
     """A share on an axis: 0.9 -> "90 %"."""
-    return f"{round(100 * share, 2):g} %"
+    return f"{round(100 * share, 2):g}{_SPACE}%"
 
 
 @_if_known
@@ -527,7 +531,7 @@ def significant(value: float) -> str:
         return f"{float(f'{value:.2g}'):,g}"
     mantissa, exponent = f"{value:.1e}".split("e")
     power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-    return power if mantissa == "1.0" else f"{mantissa.removesuffix('.0')} × {power}"
+    return power if mantissa == "1.0" else f"{mantissa.removesuffix('.0')}{_SPACE}×{_SPACE}{power}"
 
 
 @_if_known
@@ -535,16 +539,20 @@ def size(count: float) -> str:
     """Bytes in decimal units with three digits that count: 45210000 -> "45.2 MB"."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
-            return f"{_three_digits(count / scale)} {unit}"
-    return f"{count:.0f} B"
+            return f"{_three_digits(count / scale)}{_SPACE}{unit}"
+    return f"{count:.0f}{_SPACE}B"
 
 
 @_if_known
 def duration(seconds: float) -> str:
     """Seconds with three digits that count, milliseconds below 0.1 s, minutes from 10 min on."""
     if seconds >= 600:
-        return f"{seconds / 60:,.0f} min"
-    return f"{_three_digits(seconds)} s" if seconds >= 0.1 or seconds == 0 else f"{_three_digits(1000 * seconds)} ms"
+        return f"{seconds / 60:,.0f}{_SPACE}min"
+    return (
+        f"{_three_digits(seconds)}{_SPACE}s"
+        if seconds >= 0.1 or seconds == 0
+        else f"{_three_digits(1000 * seconds)}{_SPACE}ms"
+    )
 
 
 def _three_digits(value: float) -> str:

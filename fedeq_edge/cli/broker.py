@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
+from fedeq_edge.errors import TransportError
 from fedeq_edge.transport import broker as ladder
+
+_CHECK_S = 1.0
 
 app = typer.Typer(help="A broker for demos and development.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -26,5 +29,7 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     with ladder.running(kind, port=port) as broker:
-        typer.echo(f"{broker.kind} {broker.version} listens at {broker.endpoint.url}", err=True)
-        ended.wait()
+        typer.echo(f"{broker.kind} {broker.version} listens at {broker.endpoint.shown()}", err=True)
+        while not ended.wait(_CHECK_S):
+            if not broker.alive():
+                raise TransportError(f"{broker.kind} at {broker.endpoint.shown()} has died; start it again")

@@ -83,7 +83,7 @@ class Descent:
     def step(self, x: Tensor, y: Tensor, budget: Budget) -> Measured:
         """The model has made one step on the batch x (B, *input_shape), y (B,).
 
-        Raises SolverError, before the model has changed, when the loss is not finite.
+        Raises SolverError, before the model has changed, when the loss or its gradient is not finite.
         """
         measured = self._differentiate(x, y, budget)
         gradient = self.direction()

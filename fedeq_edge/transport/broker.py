@@ -1,7 +1,7 @@
 """The broker ladder: a configured URL, else `mosquitto` on PATH as a child, else amqtt as a child.
 
 A child broker is for demos, development and small fleets on one machine; it listens on loopback only, keeps nothing on
-disk, and dies with its parent. In production mosquitto runs as its own service (see the folder broker/).
+disk, and ends with the context. In production mosquitto runs as its own service (see the folder broker/).
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
@@ -32,11 +32,15 @@ MAX_PACKET_BYTES: Final = 262_144
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broker:
-    """A broker that answers. version: of the program, "" where it is not ours to ask."""
+    """A broker that answers. version: of the program, "" where it is not ours to ask.
+
+    alive: whether our child still runs; always true of a broker that is not our child.
+    """
 
     kind: Kind
     endpoint: Endpoint
     version: str
+    alive: Callable[[], bool]
 
 
 @contextlib.contextmanager
@@ -46,27 +50,36 @@ def running(choice: str, *, port: int | None = None, log: Path | None = None) ->
     port: where a child listens (a free one by default). log: file for the child's output. The child is ended on exit.
     Raises ConfigError where the choice names no broker, TransportError where it does not start.
     """
-    kind = _kind_of(choice)
+    kind = kind_of(choice)
     if kind == "external":
-        endpoint = Endpoint(url=choice)
-        endpoint.address()
-        yield Broker(kind=kind, endpoint=endpoint, version="")
+        yield Broker(kind=kind, endpoint=Endpoint(url=choice), version="", alive=lambda: True)
         return
     chosen = port or free_port()
     _check_free(chosen)
     with tempfile.TemporaryDirectory(prefix="fedeq-broker-") as folder, _log_file(log, Path(folder)) as output:
         process = subprocess.Popen(
-            _command(kind, chosen, Path(folder)), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            _command(kind, chosen, Path(folder)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # a Ctrl-C on the terminal must not end it before its clients have said goodbye
         )
         try:
             _wait_until_it_listens(process, chosen, kind, Path(output.name))
-            yield Broker(kind=kind, endpoint=_endpoint(kind, chosen), version=version(kind))
+            yield Broker(
+                kind=kind,
+                endpoint=_endpoint(kind, chosen),
+                version=version(kind),
+                alive=lambda: process.poll() is None,
+            )
         finally:
             _end(process)
 
 
-def _kind_of(choice: str) -> Kind:
+def kind_of(choice: str) -> Kind:
+    """What `running` would give for `choice`. Raises ConfigError, with the remedy, where that is nothing."""
     if choice.startswith(("mqtt://", "mqtts://")):
+        Endpoint(url=choice).address()
         return "external"
     if choice == "auto":
         choice = "mosquitto" if mosquitto_path() else "embedded"

@@ -9,20 +9,23 @@ Theory of operation.
   published while disconnected (paho would queue it without bound).
 - A packet over the broker's limit is refused before it is sent: paho would reconnect and resend it for ever.
 - Reconnecting waits a random time up to a bound that doubles (full jitter), so that a fleet does not stampede a broker
-  that comes back.
+  that comes back. Only a connection that has lasted makes the bound small again: two devices with one name, whom the
+  broker throws out in turn, would otherwise fight for ever at full speed.
 - TCP_NODELAY, because small packets at QoS 1 otherwise wait 40 ms for Nagle.
 """
 
 import logging
 import random
+import re
 import socket
 import ssl
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
@@ -39,6 +42,7 @@ WINDOW: Final = 8  # below mosquitto's Receive Maximum of 20 and every cloud bro
 KEEPALIVE_S: Final = 60  # a 64 kB chunk needs 8 s at 8 kB/s; shorter keepalives cut slow links off
 _BACKOFF_FIRST_S: Final = 1.0
 _BACKOFF_LAST_S: Final = 60.0
+_SETTLED_S: Final = 30.0  # a takeover or a packet over the limit ends a connection within seconds
 _PATIENCE_S: Final = 15.0  # for TCP, CONNACK and SUBACK together
 _PUBACK_BYTES: Final = 4
 
@@ -59,22 +63,48 @@ class Endpoint:
 
     def address(self) -> tuple[str, int, bool]:
         """(host, port, whether TLS). Raises ConfigError on an URL that is no broker's."""
-        parts = urlsplit(self.url)
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or port == -1:
-            raise ConfigError(
-                f"broker.url {self.url!r} is no broker address; write mqtt://host:1883 or mqtts://host:8883"
-            )
+        parts = self._parts()
         tls = parts.scheme == "mqtts"
-        return parts.hostname, port or (8883 if tls else 1883), tls
+        assert parts.hostname is not None  # _parts has seen to it
+        return parts.hostname, parts.port or (8883 if tls else 1883), tls
 
     def credentials(self) -> tuple[str | None, str | None]:
-        """(user, password) of the URL."""
-        parts = urlsplit(self.url)
-        return parts.username, parts.password
+        """(user, password) of the URL, percent-decoded."""
+        parts = self._parts()
+        user, password = parts.username, parts.password
+        return None if user is None else unquote(user), None if password is None else unquote(password)
+
+    def shown(self) -> str:
+        """The URL for people and logs: without user and password."""
+        host, port, tls = self.address()
+        return f"{'mqtts' if tls else 'mqtt'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """For mqtts, with the PEM files loaded; None for mqtt. Raises ConfigError where they cannot be used."""
+        if self._parts().scheme != "mqtts":
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"TLS files of the broker cannot be used: {error}; check broker.ca, .certificate, .key"
+            ) from error
+        return context
+
+    def _parts(self) -> SplitResult:
+        try:
+            parts = urlsplit(self.url)
+            usable = parts.scheme in ("mqtt", "mqtts") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number, half an IPv6 address
+            usable = False
+        if not usable:
+            # without what may be a password
+            shown = re.sub(r"//.*@", "//...@", self.url)
+            raise ConfigError(f"broker.url {shown!r} is no broker address; write mqtt://host:1883 or mqtts://host:8883")
+        return parts
 
 
 def packet_bytes(topic: str, payload: bytes, version: str) -> int:
@@ -117,12 +147,12 @@ class MqttTransport:
     def __init__(
         self, endpoint: Endpoint, client_id: str, subscriptions: tuple[str, ...], *, will: Will | None = None
     ) -> None:
-        self._host, self._port, self._tls = endpoint.address()
+        self._host, self._port, _tls = endpoint.address()
         self._endpoint = endpoint
         self._client_id = client_id
         self._subscriptions = subscriptions
         self._will = will
-        self._context = self._tls_context() if self._tls else None
+        self._context = endpoint.tls_context()
         self._on_event: Callable[[Event], None] = lambda _event: None
         self._keeper = threading.Thread(target=self._keep_connected, name=f"mqtt[{client_id}]", daemon=True)
         self._changed = threading.Condition()
@@ -142,7 +172,7 @@ class MqttTransport:
         """Queue for sending at QoS 1; dropped while disconnected. Raises TransportError over the broker's limit."""
         with self._changed:
             session = self._session
-            if session is None or session.over:
+            if session is None or not session.subscribed or session.over:
                 return
             self._check_limit(session, topic, payload)
             session.waiting.append((topic, payload, retain))
@@ -181,8 +211,10 @@ class MqttTransport:
         while not self._stopping:
             session = self._connect()
             if session.subscribed:
-                bound = _BACKOFF_FIRST_S
+                since = time.monotonic()
                 self._serve(session)
+                if time.monotonic() - since >= _SETTLED_S:
+                    bound = _BACKOFF_FIRST_S
             session.client.disconnect()
             session.client.loop_stop()
             with self._changed:
@@ -257,18 +289,6 @@ class MqttTransport:
         properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]  # paho leaves it untyped
         properties.ContentType = "application/vnd.fedeq.v1+cbor"
         return properties
-
-    def _tls_context(self) -> ssl.SSLContext:
-        try:
-            context = ssl.create_default_context(cafile=self._endpoint.ca)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-            if self._endpoint.certificate is not None:
-                context.load_cert_chain(self._endpoint.certificate, self._endpoint.key)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(
-                f"TLS files of the broker cannot be used: {error}; check broker.ca, .certificate, .key"
-            ) from error
-        return context
 
     # paho's callbacks, on its thread
 

@@ -1,0 +1,62 @@
+# The developer's menu: `make help`. Every target does its own set-up, in a virtual environment of this checkout.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_OPTIONS ?=
+BENCH_DATA ?= ../shared/data
+export OMP_NUM_THREADS ?= 1
+export ORT_DISABLE_TELEMETRY ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench bench-memory bench-har clean mosquitto
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make the virtual environment with everything pinned
+
+# torch goes first and pinned: an unpinned one may pull gigabytes of CUDA packages.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; name one with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group dev
+	@touch $@
+
+demo: $(INSTALLED) ## Run a fleet of six emulated boards on this machine (DEMO_OPTIONS="--devices 3")
+	$(BIN)/fedeq demo $(DEMO_OPTIONS)
+
+test: $(INSTALLED) mosquitto ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check format, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+format: $(INSTALLED) ## Format the code and fix what the linter can fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: bench-memory bench-har ## Measure the numbers that the README shows
+
+bench-memory: $(INSTALLED) ## Memory and CPU of the aggregator for 10 to 200 clients, memory of an idle agent
+	$(BIN)/python tests/bench/memory.py
+
+bench-har: $(INSTALLED) ## Accuracy of a federation of 30 people on HAR (needs BENCH_DATA)
+	$(BIN)/fedeq demo --data $(BENCH_DATA)/har.npz --x X --client subject --test local_test --classes 0-5
+
+# The real broker comes from the system's packages where we may install them; without it some tests are skipped.
+mosquitto:
+	@PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+			&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mosquitto >/dev/null; } \
+		|| echo "mosquitto is not installed and cannot be installed here: the tests marked 'broker' are skipped"
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
