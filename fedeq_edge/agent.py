@@ -7,6 +7,7 @@ onnxruntime and rests at about 40 MB. `fedeq agent run` checks settings and data
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import secrets
@@ -43,6 +44,9 @@ log = logging.getLogger("fedeq_edge.agent")  # __name__ is "__main__" when run a
 PERSONAL: Final = "personal.fedeq"
 _TICK_S: Final = 2.0  # retries are 10 s apart; a device at rest should hardly wake
 _TRAINER_END_S: Final = 5.0
+# A trainer plans for the deadline; one that needs three of them hangs. Never less than a slow board's start of torch.
+_PATIENCE_DEADLINES: Final = 3.0
+_PATIENCE_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,11 @@ class _Reply:
 
 
 class TrainerProcess:
-    """A running trainer and the thread that reads its replies into the agent's queue."""
+    """A running trainer, and the threads that feed it and read its replies into the agent's queue.
+
+    Requests are written by a thread, because a pipe takes 64 kB and a trainer that starts, trains or hangs takes
+    nothing from it: the link must not wait for that. busy: a request has not been answered.
+    """
 
     def __init__(self, setup: exchange.Setup, log_path: Path, inbox: "queue.SimpleQueue[object]") -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
@@ -67,33 +75,57 @@ class TrainerProcess:
                 env=environment,
             )
         self._inbox = inbox
+        self._requests: queue.SimpleQueue[exchange.Request | None] = queue.SimpleQueue()
         self.idle_since: float | None = None
         self.ready = False
+        self.busy = False
+        self._overdue_at = math.inf
         threading.Thread(target=self._read, name="trainer replies", daemon=True).start()
-        self.ask(setup)
+        self._writer = threading.Thread(target=self._write, name="trainer requests", daemon=True)
+        self._writer.start()
+        self._requests.put(setup)
 
-    def ask(self, request: exchange.Request) -> None:
-        """Send a request; a trainer that is gone shows in its missing reply."""
-        self.idle_since = None
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            exchange.write(self._process.stdin, request)  # type: ignore[arg-type]  # a pipe of bytes
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def ask(self, request: exchange.Request, *, deadline_s: float, now: float) -> None:
+        """Send a request that is to be answered in `deadline_s`; a trainer that is gone shows in its missing reply."""
+        self.idle_since, self.busy = None, True
+        self._overdue_at = now + max(_PATIENCE_S, _PATIENCE_DEADLINES * deadline_s)
+        self._requests.put(request)
+
+    def answered(self, now: float) -> None:
+        """Its work is done; it rests from now on."""
+        self.idle_since, self.busy, self._overdue_at = now, False, math.inf
+
+    def overdue(self, now: float) -> bool:
+        """Whether it hangs: no answer for three deadlines, and at least a minute."""
+        return now >= self._overdue_at
 
     def end(self) -> int:
-        """Close its stdin, wait, kill if it must be; returns its exit status."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        """Close its stdin, at which it leaves even while it trains; kill it if it does not. Returns its exit status."""
+        self._requests.put(None)
         try:
             return self._process.wait(_TRAINER_END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+        finally:
+            self._writer.join()
+
+    def _write(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin:
+            while (request := self._requests.get()) is not None:
+                exchange.write(self._process.stdin, request)  # type: ignore[arg-type]  # a pipe of bytes
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        while (reply := exchange.read_reply(self._process.stdout)) is not None:  # type: ignore[arg-type]
-            self._inbox.put(_Reply(self, reply))
+        with self._process.stdout:
+            while (reply := exchange.read_reply(self._process.stdout)) is not None:  # type: ignore[arg-type]
+                self._inbox.put(_Reply(self, reply))
         self._inbox.put(_Reply(self, None))
 
 
@@ -145,6 +177,7 @@ class Agent:
                 log.info("agent has left", extra={"device": self._settings.device})
 
     def _step(self) -> None:
+        self._watch_trainer(time.monotonic())
         try:
             event = self._inbox.get(timeout=_TICK_S)
         except queue.Empty:
@@ -173,34 +206,34 @@ class Agent:
         if event.trainer is not self._trainer:
             return  # of one that we have ended ourselves
         reply, now = event.reply, time.monotonic()
-        event.trainer.idle_since = now
         if isinstance(reply, exchange.Ready | exchange.Done | exchange.Fitted):
             self._rss_peak_trainer = max(self._rss_peak_trainer, reply.rss_peak)
         if isinstance(reply, exchange.Ready):
-            event.trainer.ready = True
-            event.trainer.idle_since = None  # the work it was started for follows in its pipe
-        elif isinstance(reply, exchange.Done):
+            event.trainer.ready = True  # the work it was started for follows in its pipe
+            return
+        event.trainer.answered(now)
+        if isinstance(reply, exchange.Done):
             self._carry_out(self._client.trained(reply.result, self._usage(), now))
         elif isinstance(reply, exchange.Fitted):
             self._keep_personal(reply.personal)
             self._carry_out(self._client.personalised(reply.personal, self._usage(), now))
         elif isinstance(reply, exchange.Failed):
             if not event.trainer.ready:
-                self._end_trainer()  # its set-up failed; the next task starts another
+                self._end_trainer("its set-up failed")  # the next task starts another
             self._carry_out(self._client.failed(reply.reason))
         else:
             self._trainer = None
             status = event.trainer.end()
             self._carry_out(self._client.failed(_how_it_ended(status, self._folder / "trainer.log")))
 
-    def _ask(self, request: exchange.Request) -> None:
+    def _ask(self, request: exchange.Request, deadline_s: float) -> None:
         if self._trainer is None:
             try:
                 self._trainer = TrainerProcess(self._setup(), self._folder / "trainer.log", self._inbox)
             except (ConfigError, msgspec.ValidationError) as error:
                 self._carry_out(self._client.failed(f"manifest cannot be used here: {error}"))
                 return
-        self._trainer.ask(request)
+        self._trainer.ask(request, deadline_s=deadline_s, now=time.monotonic())
 
     def _setup(self) -> exchange.Setup:
         assert self._manifest is not None
@@ -216,10 +249,17 @@ class Agent:
             seed=self._manifest.seed,
         )
 
-    def _end_trainer(self) -> None:
+    def _watch_trainer(self, now: float) -> None:
+        if self._trainer is not None and self._trainer.overdue(now):
+            self._end_trainer("trainer did not answer in three times the deadline and was ended")
+
+    def _end_trainer(self, why: str) -> None:
+        """No trainer runs; the machine knows that work it waited for will not come, or it would wait for ever."""
         if self._trainer is not None:
             trainer, self._trainer = self._trainer, None
             trainer.end()
+            if trainer.busy:
+                self._carry_out(self._client.failed(why))
 
     def _rest(self) -> None:
         """Nothing has happened for a while: let an idle trainer go, note how much we need at rest."""
@@ -227,7 +267,7 @@ class Agent:
         if trainer is None:
             self._rss_idle = rss_bytes()
         elif trainer.idle_since is not None and time.monotonic() - trainer.idle_since > self._settings.trainer_idle_s:
-            self._end_trainer()
+            self._end_trainer("it was idle")
 
     # What the machine asks for
 
@@ -241,15 +281,16 @@ class Agent:
                 log.info(action.event, extra=dict(action.facts))
             elif isinstance(action, Configure):
                 self._manifest = action.manifest
-                self._end_trainer()
+                self._end_trainer("the federation has changed")
             elif isinstance(action, Train):
                 self._note_rss()
-                self._ask(exchange.Work(task=action.task))
+                self._ask(exchange.Work(task=action.task), action.deadline_s)
             elif isinstance(action, Personalise):
-                self._ask(exchange.Fit(z=action.z, head=action.head))
+                # its task says how long the aggregator waits, but not this action; training alone may take longer
+                self._ask(exchange.Fit(z=action.z, head=action.head), math.inf)
             elif isinstance(action, Finished):
                 log.info("the federation has finished")
-                self._end_trainer()
+                self._end_trainer("the federation has finished")
 
     def _publish(self, action: Publish) -> None:
         try:
@@ -290,16 +331,18 @@ class Agent:
 
 
 def _slowdown(chosen: AgentSettings) -> float:
-    if not chosen.emulate:
-        return 1.0
-    if not chosen.profile:
+    if chosen.emulate and not chosen.profile:
         raise ConfigError(f"device {chosen.device}: emulate = true needs a profile; `fedeq device list` shows them")
-    return 1.0 / load_profile(chosen.profile).relative_speed
+    # loaded where only its limits count, too: a misspelt board should fail here and not in every round
+    speed = load_profile(chosen.profile).relative_speed if chosen.profile else 1.0
+    return 1.0 / speed if chosen.emulate else 1.0
 
 
 def _how_it_ended(status: int, log_path: Path) -> str:
     if status == -signal.SIGKILL:
         return "trainer was killed (out of memory?); use a smaller model or batch, or add swap"
+    if status < 0:
+        return f"trainer was ended by signal {-status}; what it said before is in {log_path}"
     lines = log_path.read_text(errors="replace").strip().splitlines() if log_path.exists() else []
     return f"trainer ended with status {status}: {lines[-1] if lines else 'no message'} (all of it in {log_path})"
 
@@ -312,7 +355,7 @@ def main(arguments: list[str]) -> int:
         Agent(path, settings.load(path, AgentSettings), int(arguments[1])).run()
     except FedEqError as error:
         print(f"fedeq: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 

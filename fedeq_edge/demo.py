@@ -25,7 +25,7 @@ from fedeq_edge.agent import PERSONAL
 from fedeq_edge.data.npz import ClientData, describe, load_fleet, save_client
 from fedeq_edge.deq.layout import head_layout, size, theta_layout
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.errors import ConfigError, StateError
+from fedeq_edge.errors import ConfigError, StateError, TransportError
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.settings import AgentSettings, AggregatorSettings, BrokerSettings
 from fedeq_edge.storage import finite, history, write_atomically
@@ -126,16 +126,18 @@ def run(options: Options, view: View) -> dict[str, Any]:
     Raises FedEqError in one line where data, broker or folder cannot be used, or a part of the fleet has failed.
     """
     seconds = _Seconds()
+    ladder.kind_of(options.broker)  # refused before a folder is made
     fleet = options.source.load(options.devices, options.seed)
     chosen = _federation(options, fleet)
     out = _folder(options.out)
     with ladder.running(options.broker, log=out / "broker.log") as broker:
         _prepare(out, fleet, chosen, BrokerSettings(url=broker.endpoint.url, version=broker.endpoint.version))
         view.says(
-            f"{broker.kind} {broker.version} at {broker.endpoint.url}; {len(fleet)} devices, each in its own process"
+            f"{f'{broker.kind} broker {broker.version}'.strip()} at {broker.endpoint.shown()}; "
+            f"{len(fleet)} devices, each in its own process; everything is kept in {out}"
         )
         with _processes(out, list(fleet)) as processes:
-            _watch(out, processes, view, seconds)
+            _watch(out, processes, broker, view, seconds)
     view.says("exporting each device's personal model to ONNX and checking it against torch")
     exported = _export(out, fleet)
     seconds.lap("export")
@@ -194,16 +196,17 @@ def _statistics(fleet: Mapping[str, ClientData]) -> tuple[tuple[float, ...], tup
 
 
 def _folder(wanted: Path | None) -> Path:
-    """An empty folder for this run. Raises StateError where an earlier run lies there."""
+    """An empty folder for this run. Raises ConfigError where an earlier run lies there."""
     if wanted is None:
         names = (Path(f"fedeq-demo{suffix}") for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
         wanted = next(name for name in names if not name.exists())
-    if wanted.exists() and any(wanted.iterdir()):
-        raise ConfigError(f"output folder {wanted} is not empty (an earlier run?); remove it or choose another --out")
     try:
         wanted.mkdir(parents=True, exist_ok=True)
+        taken = any(wanted.iterdir())
     except OSError as error:
         raise ConfigError(f"output folder {wanted} cannot be made: {error.strerror}; choose another --out") from error
+    if taken:
+        raise ConfigError(f"output folder {wanted} is not empty (an earlier run?); remove it or choose another --out")
     return wanted.resolve()
 
 
@@ -248,15 +251,23 @@ def _processes(out: Path, devices: Sequence[str]) -> Iterator[_Processes]:
         started.extend(agents.values())
         yield _Processes(aggregator, agents)
     finally:
-        for process in started:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in started:
-            try:
-                process.wait(_LEAVE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        _end(started)
+
+
+def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """They have left, politely if they can; a second Ctrl-C, or their time being up, kills what is left."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    try:
+        until = time.monotonic() + _LEAVE_S
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()  # without effect on one that has left
+            process.wait()
 
 
 def _start(noun: str, config: Path) -> "subprocess.Popen[bytes]":
@@ -272,8 +283,8 @@ def _start(noun: str, config: Path) -> "subprocess.Popen[bytes]":
         )
 
 
-def _watch(out: Path, processes: _Processes, view: View, seconds: _Seconds) -> None:
-    """Until the aggregator has finished. Raises StateError where a part of the fleet has failed."""
+def _watch(out: Path, processes: _Processes, broker: ladder.Broker, view: View, seconds: _Seconds) -> None:
+    """Until the aggregator has finished. Raises StateError or TransportError where a part of the fleet has failed."""
     folder, shown = out / "aggregator" / "state", 0
     while True:
         running = processes.aggregator.poll() is None
@@ -289,6 +300,8 @@ def _watch(out: Path, processes: _Processes, view: View, seconds: _Seconds) -> N
         if not running:
             break
         _check_agents(processes, out)
+        if not broker.alive():
+            raise TransportError(f"the {broker.kind} broker died: {_last_line(out / 'broker.log')}")
         time.sleep(_POLL_S)
     seconds.lap("personal")
     if processes.aggregator.returncode != 0:
@@ -307,7 +320,7 @@ def _status(folder: Path) -> dict[str, Any] | None:
 
 def _check_agents(processes: _Processes, out: Path) -> None:
     for device, process in processes.agents.items():
-        if process.poll() not in (None, 0):
+        if process.poll() is not None:
             raise StateError(f"the agent of {device} failed: {_last_line(out / 'devices' / device / 'agent.log')}")
 
 

@@ -77,9 +77,12 @@ def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Agg
 
 
 class Gateway:
-    """One federation's aggregator until it has finished or is told to stop."""
+    """One federation's aggregator until it has finished or is told to stop. Raises ConfigError on unusable settings."""
 
     def __init__(self, path: Path, chosen: AggregatorSettings) -> None:
+        # before anything is written
+        chosen.resolved_method()
+        chosen.broker.endpoint().tls_context()
         self._settings = chosen
         self._place = settings.resolve(path, chosen.state)
         self._topics = Topics(chosen.federation)

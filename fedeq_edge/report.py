@@ -27,6 +27,7 @@ _SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 # Two accuracies closer than this come from the same number of right answers: float noise, far below one sample.
 TIE = 1e-9
 AXIS_TICKS = 7  # as many labels as fit side by side on a phone
+LOG_TICKS = 10  # as many as fit above each other
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -85,6 +86,7 @@ class _Onnx(msgspec.Struct, frozen=True, kw_only=True):
     max_abs_diff: float | None = None
     iterations: float | None = None
     latency_ms: float | None = None
+    accuracy: float | None = None
 
 
 class _Device(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,12 +110,12 @@ class _Summary(msgspec.Struct, frozen=True, kw_only=True):
     model: _Model
     method: str
     codec: str
+    heads: Heads
     rounds: int
     broker: _Broker
     accuracy: _Accuracy
     bytes_per_client_round: _RoundTraffic
     devices: tuple[_Device, ...]
-    heads: Heads = "personal"  # the demo's plan keeps them so and its summary need not say it
     wall_s: float | None = None
     seconds: dict[str, float | None] = {}
     errors_saved: float | None = None
@@ -156,7 +158,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """From values to positions; `log` for values > 0."""
+    """From values to positions; a low above the high turns it round. log: for values > 0. values: those with a tick."""
 
     low: float
     high: float
@@ -314,28 +316,36 @@ def _accuracy_chart(run: _Summary, rounds: Sequence[_Round]) -> Chart | None:
     if not measured:
         return None
     finals = (("personal", run.accuracy.personal), ("alone", run.accuracy.local_only))
-    known = [value for line in measured for value in line.accuracies] + [v for _, v in finals if v is not None]
-    x, y = _round_axis(rounds), _linear_axis(min(known), max(known))
-    means = [(float(line.round), fmean(line.accuracies)) for line in measured]
-    references = [_level(style, value, y) for style, value in finals if value is not None]
-    last = measured[-1].accuracies
-    description = (
-        f"Accuracy of the consensus by round: mean over devices {percent(means[0][1])} in round {measured[0].round}, "
-        f"{percent(means[-1][1])} in round {measured[-1].round}, there between {percent(min(last))} and "
-        f"{percent(max(last))}."
-    )
+    references = [(style, value) for style, value in finals if value is not None]
+    known = [value for line in measured for value in line.accuracies] + [value for _, value in references]
+    x, y = _round_axis(rounds), _ErrorAxis.of(known)
+    means = [(line.round, y.error(fmean(line.accuracies))) for line in measured]
+    ranges = [(line.round, y.error(min(line.accuracies)), y.error(max(line.accuracies))) for line in measured]
     return Chart(
-        description=description,
+        description=_accuracy_in_words(measured),
         x=x.ticks(number),
-        y=y.ticks(percent_mark),
-        lines=[_line("Consensus, mean over devices", "mean", means, x, y), *references],
-        band=_band([(line.round, min(line.accuracies), max(line.accuracies)) for line in measured], x, y),
+        y=y.axis.ticks(y.label),
+        lines=[
+            _line("Consensus, mean over devices", "mean", means, x, y.axis),
+            *(_level(style, value, y) for style, value in references),
+        ],
+        band=_band(ranges, x, y.axis),
     )
 
 
-def _level(style: str, value: float, y: Axis) -> Line:
+def _accuracy_in_words(measured: Sequence[_Round]) -> str:
+    first, last = measured[0], measured[-1]
+    return (
+        f"Accuracy of the consensus by round: mean over devices {percent(fmean(first.accuracies))} in round "
+        f"{first.round}, {percent(fmean(last.accuracies))} in round {last.round}, there between "
+        f"{percent(min(last.accuracies))} and {percent(max(last.accuracies))}."
+    )
+
+
+def _level(style: str, accuracy: float, y: _ErrorAxis) -> Line:
     names = {"personal": "Personal models, after the last round", "alone": "Each device alone"}
-    return Line(label=f"{names[style]}: {percent(value)}", style=style, path=f"M0 {100 - y.at(value):g}H100")
+    up = y.axis.at(y.error(accuracy))
+    return Line(label=f"{names[style]}: {percent(accuracy)}", style=style, path=f"M0 {100 - up:g}H100")
 
 
 def _residual_chart(rounds: Sequence[_Round]) -> Chart | None:
@@ -412,9 +422,38 @@ def _log_axis(low: float, high: float) -> Axis:
     first = max(mark for mark in marks if mark <= low * (1 + TIE))
     last = min(mark for mark in marks if mark >= high * (1 - TIE) and mark > first)
     inside = [mark for mark in marks if first <= mark <= last]
-    if len(inside) > AXIS_TICKS:
+    if len(inside) > LOG_TICKS:
         inside = [10.0**decade for decade in decades if first <= 10.0**decade <= last]
     return Axis(low=first, high=last, values=tuple(inside), log=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ErrorAxis:
+    """Accuracies by the logarithm of their errors, so that 95 and 99 % stand as far apart as 75 and 95 %.
+
+    On an even axis a federation that starts near chance and ends near 100 % looks like a step, and what it gains over
+    training alone vanishes in the upper edge. No errors at all would be infinitely far up: `least` stands for it.
+    """
+
+    axis: Axis
+    least: float
+
+    @classmethod
+    def of(cls, accuracies: Sequence[float]) -> "_ErrorAxis":
+        """An axis that holds all of them, the best at the top."""
+        errors = [1 - value for value in accuracies if value < 1 - TIE] or [0.01]
+        inner = _log_axis(min(*errors, 0.5), max(errors))  # with 50 % where all do worse: never an error beyond 1
+        flawless = max(accuracies) >= 1 - TIE
+        best, values = (inner.low / 2, (inner.low / 2, *inner.values)) if flawless else (inner.low, inner.values)
+        return cls(axis=Axis(low=inner.high, high=best, values=values, log=True), least=best if flawless else 0.0)
+
+    def error(self, accuracy: float) -> float:
+        """Where an accuracy stands on `axis`."""
+        return max(1 - accuracy, self.least)
+
+    def label(self, error: float) -> str:
+        """The accuracy with that error."""
+        return percent_mark(1.0 if error <= self.least else 1 - error)
 
 
 # Devices, bytes, rounds

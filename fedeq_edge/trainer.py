@@ -1,11 +1,14 @@
 """The trainer process: torch, one device's data, requests on stdin, replies on stdout (training/exchange.py).
 
-Run by the agent as `python -m fedeq_edge.trainer`; it ends when its stdin is closed.
+Run by the agent as `python -m fedeq_edge.trainer`; it ends at once when its stdin is closed, even while it trains:
+nobody waits for the result, and an agent that was killed and comes back would otherwise hold two of them in memory.
 """
 
 import hashlib
 import os
+import queue
 import sys
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,8 +49,11 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, _own_stdout()
     torch.set_num_threads(1)  # models of this size lose by more, and a device has other work
     torch.set_flush_denormal(True)
+    arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(requests, arrived), name="requests", daemon=True).start()
     trainer: Trainer | None = None
-    while (request := read_request(requests)) is not None:
+    while True:
+        request = arrived.get()
         try:
             if isinstance(request, Setup):
                 trainer = Trainer(request)
@@ -55,6 +61,12 @@ def main() -> None:
         except FedEqError as error:
             reply = Failed(reason=str(error))
         write(replies, reply)
+
+
+def _receive(requests: BinaryIO, arrived: "queue.SimpleQueue[Request]") -> None:
+    while (request := read_request(requests)) is not None:
+        arrived.put(request)
+    os._exit(0)  # the main thread may be deep in torch; replies are flushed and files are written atomically
 
 
 def _own_stdout() -> BinaryIO:

@@ -5,7 +5,7 @@ alone with the same steps, mean over devices:
 
     features   HAR, 207 statistics, 30 people      0.948   0.914   1 seed; heads shared (personal 0.937)
     sequences  HAR, raw windows, 30 people         0.924   0.852   1 seed; heads personal (shared 0.918)
-    images     digits, 6 devices, 60 images each   0.984   0.963   10 runs; heads shared (personal 2 to 3 points less)
+    images     digits, 6 devices, 60 images each   0.984   0.962   10 and 5 runs; heads shared (personal 2 to 4 points less)
     images     MNIST, 20 writers                   0.979   0.842   1 seed; heads shared
 
 Starting points for data of about these sizes, not optima.
