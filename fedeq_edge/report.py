@@ -307,6 +307,72 @@ def _template() -> "jinja2.Template":
     return environment.get_template("report.html.jinja")
 
 
+# Axes
+
+
+def _round_axis(rounds: Sequence[_Round]) -> Axis:
+    low, high = rounds[0].round, rounds[-1].round
+    step = max(1, int(_round_step(high - low, AXIS_TICKS)))
+    return Axis(low=low, high=high, values=tuple(range(low + -low % step, high + 1, step)))
+
+
+def _linear_axis(low: float, high: float) -> Axis:
+    """The shortest axis between multiples of a round step that holds both; half a point wide at least."""
+    step = _round_step(max(high - low, 0.005), AXIS_TICKS - 1)
+    first, last = math.floor(low / step + TIE), math.ceil(high / step - TIE)
+    last = max(last, first + 1)
+    return Axis(low=first * step, high=last * step, values=tuple(i * step for i in range(first, last + 1)))
+
+
+def _round_step(span: float, at_most: int) -> float:
+    """The least of 1, 2, 5 times a power of ten that divides `span` into `at_most` parts or fewer."""
+    if span <= 0:
+        return 1.0
+    scale: float = 10.0 ** math.floor(math.log10(span / at_most))
+    return next(factor * scale for factor in (1, 2, 5, 10) if factor * scale * at_most >= span * (1 - TIE))
+
+
+def _log_axis(low: float, high: float) -> Axis:
+    """Between two of 1, 2, 5 times a power of ten; a tick at each of them, or at decades where those are too many."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+    first = max(mark for mark in marks if mark <= low * (1 + TIE))
+    last = min(mark for mark in marks if mark >= high * (1 - TIE) and mark > first)
+    inside = [mark for mark in marks if first <= mark <= last]
+    if len(inside) > LOG_TICKS:
+        inside = [10.0**decade for decade in decades if first <= 10.0**decade <= last]
+    return Axis(low=first, high=last, values=tuple(inside), log=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ErrorAxis:
+    """Accuracies by the logarithm of their errors, so that 95 and 99 % stand as far apart as 75 and 95 %.
+
+    On an even axis a federation that starts near chance and ends near 100 % looks like a step, and what it gains over
+    training alone vanishes in the upper edge. No errors at all would be infinitely far up: `least` stands for it.
+    """
+
+    axis: Axis
+    least: float
+
+    @classmethod
+    def of(cls, accuracies: Sequence[float]) -> "_ErrorAxis":
+        """An axis that holds all of them, the best at the top."""
+        errors = [1 - value for value in accuracies if value < 1 - TIE] or [0.01]
+        inner = _log_axis(min(*errors, 0.5), max(errors))  # with 50 % where all do worse: never an error beyond 1
+        flawless = max(accuracies) >= 1 - TIE
+        best, values = (inner.low / 2, (inner.low / 2, *inner.values)) if flawless else (inner.low, inner.values)
+        return cls(axis=Axis(low=inner.high, high=best, values=values, log=True), least=best if flawless else 0.0)
+
+    def error(self, accuracy: float) -> float:
+        """Where an accuracy stands on `axis`."""
+        return max(1 - accuracy, self.least)
+
+    def label(self, error: float) -> str:
+        """The accuracy with that error."""
+        return percent_mark(1.0 if error <= self.least else 1 - error)
+
+
 # Charts over rounds
 
 
@@ -388,72 +454,6 @@ def _band(ranges: Sequence[tuple[int, float, float]], x: Axis, y: Axis) -> str:
     upper = [f"{x.at(across):g} {100 - y.at(high):g}" for across, _, high in ranges]
     lower = [f"{x.at(across):g} {100 - y.at(low):g}" for across, low, _ in reversed(ranges)]
     return f"M{'L'.join(upper + lower)}Z"
-
-
-# Axes
-
-
-def _round_axis(rounds: Sequence[_Round]) -> Axis:
-    low, high = rounds[0].round, rounds[-1].round
-    step = max(1, int(_round_step(high - low, AXIS_TICKS)))
-    return Axis(low=low, high=high, values=tuple(range(low + -low % step, high + 1, step)))
-
-
-def _linear_axis(low: float, high: float) -> Axis:
-    """The shortest axis between multiples of a round step that holds both; half a point wide at least."""
-    step = _round_step(max(high - low, 0.005), AXIS_TICKS - 1)
-    first, last = math.floor(low / step + TIE), math.ceil(high / step - TIE)
-    last = max(last, first + 1)
-    return Axis(low=first * step, high=last * step, values=tuple(i * step for i in range(first, last + 1)))
-
-
-def _round_step(span: float, at_most: int) -> float:
-    """The least of 1, 2, 5 times a power of ten that divides `span` into `at_most` parts or fewer."""
-    if span <= 0:
-        return 1.0
-    scale: float = 10.0 ** math.floor(math.log10(span / at_most))
-    return next(factor * scale for factor in (1, 2, 5, 10) if factor * scale * at_most >= span * (1 - TIE))
-
-
-def _log_axis(low: float, high: float) -> Axis:
-    """Between two of 1, 2, 5 times a power of ten; a tick at each of them, or at decades where those are too many."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
-    first = max(mark for mark in marks if mark <= low * (1 + TIE))
-    last = min(mark for mark in marks if mark >= high * (1 - TIE) and mark > first)
-    inside = [mark for mark in marks if first <= mark <= last]
-    if len(inside) > LOG_TICKS:
-        inside = [10.0**decade for decade in decades if first <= 10.0**decade <= last]
-    return Axis(low=first, high=last, values=tuple(inside), log=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ErrorAxis:
-    """Accuracies by the logarithm of their errors, so that 95 and 99 % stand as far apart as 75 and 95 %.
-
-    On an even axis a federation that starts near chance and ends near 100 % looks like a step, and what it gains over
-    training alone vanishes in the upper edge. No errors at all would be infinitely far up: `least` stands for it.
-    """
-
-    axis: Axis
-    least: float
-
-    @classmethod
-    def of(cls, accuracies: Sequence[float]) -> "_ErrorAxis":
-        """An axis that holds all of them, the best at the top."""
-        errors = [1 - value for value in accuracies if value < 1 - TIE] or [0.01]
-        inner = _log_axis(min(*errors, 0.5), max(errors))  # with 50 % where all do worse: never an error beyond 1
-        flawless = max(accuracies) >= 1 - TIE
-        best, values = (inner.low / 2, (inner.low / 2, *inner.values)) if flawless else (inner.low, inner.values)
-        return cls(axis=Axis(low=inner.high, high=best, values=values, log=True), least=best if flawless else 0.0)
-
-    def error(self, accuracy: float) -> float:
-        """Where an accuracy stands on `axis`."""
-        return max(1 - accuracy, self.least)
-
-    def label(self, error: float) -> str:
-        """The accuracy with that error."""
-        return percent_mark(1.0 if error <= self.least else 1 - error)
 
 
 # Devices, bytes, rounds
@@ -548,7 +548,7 @@ def percent(share: float) -> str:
 @_if_known
 def percent_mark(share: float) -> str:
     """A share on an axis: 0.9 -> "90 %"."""
-    return f"{round(100 * share, 2):g}{_SPACE}%"
+    return f"{round(100 * share, 4):g}{_SPACE}%"
 
 
 @_if_known

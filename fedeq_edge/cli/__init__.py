@@ -13,6 +13,16 @@ from fedeq_edge import __version__, logs
 from fedeq_edge.cli import agent, aggregator, broker, data, demo, device, model
 from fedeq_edge.errors import ConfigError, FedEqError
 
+# Optional packages by the extra that brings them.
+_EXTRAS = {
+    "torch": "torch",
+    "onnx": "onnx",
+    "onnxruntime": "device",
+    "sklearn": "demo",
+    "jinja2": "demo",
+    "matplotlib": "demo",
+}
+
 app = typer.Typer(
     name="fedeq",
     help="Federated deep equilibrium learning on heterogeneous edge devices.",
@@ -55,3 +65,9 @@ def main() -> None:
     except FedEqError as error:
         typer.echo(f"fedeq: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(error.name or "")
+        if extra is None:
+            raise
+        typer.echo(f"fedeq: this command needs {error.name}; pip install 'fedeq-edge[{extra}]'", err=True)
+        sys.exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedeq_edge.errors import TransportError
+from fedeq_edge.errors import ConfigError, TransportError
 from fedeq_edge.transport import broker as ladder
 
 _CHECK_S = 1.0
@@ -28,6 +28,8 @@ def run(
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
+    if ladder.kind_of(kind) == "external":
+        raise ConfigError(f"{kind} is somebody else's broker; give --kind auto, mosquitto or embedded")
     with ladder.running(kind, port=port) as broker:
         typer.echo(f"{broker.kind} {broker.version} listens at {broker.endpoint.shown()}", err=True)
         while not ended.wait(_CHECK_S):

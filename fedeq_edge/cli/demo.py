@@ -1,6 +1,8 @@
 """fedeq demo: see a fleet learn."""
 
 import json
+import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +54,7 @@ def demo(  # noqa: PLR0917  # typer calls it by name
         out=out,
     )
     console = Console(stderr=True)
+    _leave_on_signals()
     if console.is_terminal:
         with _Table(console) as view:
             summary = fleet_demo.run(options, view)
@@ -60,6 +63,16 @@ def demo(  # noqa: PLR0917  # typer calls it by name
     if as_json:
         typer.echo(json.dumps(finite(summary)))
     _show(console, summary)
+
+
+def _leave_on_signals() -> None:
+    """SIGTERM and a closed terminal take the fleet's processes along, as Ctrl-C does."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
 
 
 def _accuracy(line: Mapping[str, Any]) -> float | None:
@@ -80,13 +93,17 @@ class _Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._broker = "connecting"
 
     def says(self, text: str) -> None:
         """Print it."""
-        self._console.print(text)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def status(self, status: Mapping[str, Any]) -> None:
-        """Nothing: a log wants events, not states."""
+        """Print how the aggregator's connection changes; the rest are states, and a log wants events."""
+        if status["broker"] != self._broker:
+            self._broker = status["broker"]
+            self.says(f"aggregator and broker: {self._broker}")
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Print a closed round."""
@@ -143,20 +160,29 @@ class _Table:
         status = self._status
         if not status:
             return "starting ..."
-        waiting = len(status["cohort"]) - len(status["contributed"])
-        parts = [
-            f"round {status['round']} of {status['rounds']}",
-            f"waiting for {waiting} of {len(status['cohort'])}" if status["cohort"] else status["status"],
-            f"accuracy {_number(_accuracy(self._rounds[-1]) if self._rounds else None)}",
-            f"primal residual {_number(self._rounds[-1]['primal_residual'] if self._rounds else None, '.1e')}",
-            f"{time.monotonic() - self._since:.0f} s",
-        ]
-        if status["status"] == "finishing":
-            parts[1] = f"personal models: {len(self._reported)} of {status['members']} are ready"
+        parts = [f"round {status['round']} of {status['rounds']}", self._stage(status)]
+        if self._rounds:
+            parts.append(f"accuracy {_number(_accuracy(self._rounds[-1]))}")
+            parts.append(f"primal residual {_number(self._rounds[-1]['primal_residual'], '.1e')}")
+        parts.append(f"{time.monotonic() - self._since:.0f} s")
         return "  ·  ".join(parts)
 
+    def _stage(self, status: Mapping[str, Any]) -> str:
+        if status["broker"] not in ("connected", "connecting") and status["status"] != "finished":
+            return str(status["broker"])
+        if status["status"] == "finishing":
+            return f"personal models: {len(self._reported)} of {status['members']} are ready"
+        if not status["cohort"]:
+            return str(status["status"])
+        waiting = len(status["cohort"]) - len(status["contributed"])
+        return f"waiting for {waiting} of {len(status['cohort'])}" + (
+            "" if self._rounds else " (the first takes longest)"
+        )
+
     def _table(self) -> Table:
-        table = Table("device", "", "K", "k", "residual", "seconds", "accuracy", "up", "down", pad_edge=False)
+        table = Table("device", "", "K", "k", "residual", "seconds", "accuracy", "up", "down")
+        table.caption = "seconds: as the emulated boards would take; accuracy: of the consensus; up, down: bytes so far"
+        table.caption_justify = "left"
         answered = set(self._status.get("contributed", ())) | self._reported
         for device in self._status.get("online", ()):
             told = self._devices.get(device)

@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fedeq_edge import modelfile
-from fedeq_edge.errors import ConfigError
 from fedeq_edge.hardware.budget import budget_of, choose
 from fedeq_edge.hardware.probe import probe as probe_machine
 from fedeq_edge.hardware.profiles import profiles, recognise
 from fedeq_edge.storage import finite
-from fedeq_edge.training.step import Calibration, Plan
+from fedeq_edge.training.step import Plan
 
 app = typer.Typer(help="This machine, and the boards that are known.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -44,8 +43,10 @@ def probe(
 
 def _measure(path: Path, compute_s: float, steps: int) -> dict[str, Any]:
     """Calibration of the model in `path` on this machine, and the budget that follows from it."""
+    from fedeq_edge.training.cost import calibrate_model  # noqa: PLC0415  # torch, only when it is asked for
+
     plan = Plan(compute_s=compute_s)
-    calibration = _calibrated(path, plan)
+    calibration = calibrate_model(modelfile.read(path).spec, plan)
     allowance = choose(
         calibration, steps=steps, compute_s=compute_s, menu=plan.budgets, adjoint_ratio=plan.adjoint_ratio
     )
@@ -55,14 +56,6 @@ def _measure(path: Path, compute_s: float, steps: int) -> dict[str, Any]:
         "steps": allowance.steps,
         "predicted_s": allowance.predicted_s,
     }
-
-
-def _calibrated(path: Path, plan: Plan) -> Calibration:
-    try:
-        from fedeq_edge.training.cost import calibrate_model  # noqa: PLC0415  # torch, only when it is asked for
-    except ModuleNotFoundError as error:
-        raise ConfigError("measuring a model needs torch; pip install 'fedeq-edge[torch]'") from error
-    return calibrate_model(modelfile.read(path).spec, plan)
 
 
 @app.command(name="list", epilog="Example: fedeq device list")

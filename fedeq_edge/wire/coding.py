@@ -4,7 +4,8 @@ What travels is a *difference*, and both sides go on with what was decoded (algo
 messages"): what a code leaves out stays in the problem and is met again in the next round.
 
 An integer code of b bits holds q in [-L, L], L = 2^(b-1) - 1, with x ~ q * scale / L and scale the block's largest
-magnitude, kept as the upper half of a float32 (bfloat16), rounded up so that |x| <= scale. Rounding is stochastic
+magnitude, kept as the upper half of a float32 (bfloat16), rounded up so that |x| <= scale (values beyond the largest
+finite scale, 3.39e38, are cut to it). Rounding is stochastic
 (unbiased) when a generator is given and to nearest without one.
 """
 
@@ -20,6 +21,7 @@ from fedeq_edge.errors import LocalWireError, RemoteWireError
 Codec = Literal["f32", "f16", "int8", "int4"]
 Vector = NDArray[np.float32]
 BLOCK: Final = 64  # values a scale: 0.25 bit a value
+_LARGEST_SCALE: Final = np.uint32(0x7F7F)  # the next one is infinity, which every receiver refuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,8 @@ def _blocked(vector: Vector) -> Vector:
 def _scales_up(largest: Vector) -> NDArray[np.uint16]:
     """Upper half of each float32, rounded up; an all-zero block gets the smallest normal number, never zero."""
     bits = np.maximum(largest, np.float32(1.2e-38)).astype(np.float32).view(np.uint32)
-    return ((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
+    scales = (bits + np.uint32(0xFFFF)) >> np.uint32(16)
+    return np.minimum(scales, _LARGEST_SCALE).astype(np.uint16)
 
 
 def _as_float(scales: NDArray[np.uint16]) -> Vector:

@@ -6,12 +6,12 @@
     5       1     flags, zero
     6       2     header length, bytes (little endian, like all numbers here)
     8       4     body length, bytes
-    12      4     CRC-32 of header and body
+    12      4     CRC-32 of everything else
     16      ...   header (CBOR map), then body (raw tensor bytes)
 
 Theory of operation. A payload comes from a device that may be broken or hostile, so every length is checked against
 the bytes at hand and against a limit *before* anything is parsed or allocated: header at most 8 kB, CBOR nesting at
-most 8, definite lengths only. Never pickle. TLS and sha256 (wire/chunks.py) protect content; the CRC only tells a
+most 8, definite lengths only, no tags (they make regular expressions, cycles and numbers of 8 kB). Never pickle. TLS and sha256 (wire/chunks.py) protect content; the CRC only tells a
 truncated or overwritten payload from a protocol error, so that the refusal can name the right one.
 """
 
@@ -26,8 +26,14 @@ from fedeq_edge.errors import LocalWireError, RemoteWireError
 MAGIC: Final = b"FDQ1"
 HEADER_LIMIT_BYTES: Final = 8192  # the largest header is a manifest with a model's labels, about 2 kB
 _NESTING_LIMIT: Final = 8  # a manifest nests three deep
-_FIXED = struct.Struct("<4sBBHII")
-FRAME_BYTES: Final = _FIXED.size
+_FIXED = struct.Struct("<4sBBHI")
+_CHECKSUM = struct.Struct("<I")
+FRAME_BYTES: Final = _FIXED.size + _CHECKSUM.size
+# RFC 8949, section 3: three bits of major type, then five that are the argument or say how many bytes of it follow
+_TAG: Final = 6
+_STRINGS: Final = (2, 3)
+_ITEMS_HELD: Final = {4: 1, 5: 2}  # an array of n holds n items, a map of n pairs 2n
+_ARGUMENT_BYTES: Final = {24: 1, 25: 2, 26: 4, 27: 8}
 
 
 def pack(kind: int, header: dict[str, object], body: bytes | memoryview = b"") -> bytes:
@@ -37,15 +43,16 @@ def pack(kind: int, header: dict[str, object], body: bytes | memoryview = b"") -
         raise LocalWireError(
             f"message header has {len(encoded)} bytes, at most {HEADER_LIMIT_BYTES} travel: shorten plan or labels"
         )
-    checksum = zlib.crc32(body, zlib.crc32(encoded))
-    return b"".join((_FIXED.pack(MAGIC, kind, 0, len(encoded), len(body), checksum), encoded, body))
+    fixed = _FIXED.pack(MAGIC, kind, 0, len(encoded), len(body))
+    checksum = zlib.crc32(body, zlib.crc32(encoded, zlib.crc32(fixed)))
+    return b"".join((fixed, _CHECKSUM.pack(checksum), encoded, body))
 
 
 def unpack(payload: bytes) -> tuple[int, object, memoryview]:
     """(kind, header, body) of one frame; the body is a view, not a copy. Raises RemoteWireError."""
     if len(payload) < FRAME_BYTES:
         raise RemoteWireError(f"payload has {len(payload)} bytes, a frame has at least {FRAME_BYTES}")
-    magic, kind, _flags, header_bytes, body_bytes, checksum = _FIXED.unpack_from(payload)
+    magic, kind, _flags, header_bytes, body_bytes = _FIXED.unpack_from(payload)
     if magic != MAGIC:
         raise RemoteWireError(f"payload begins with {magic!r}, this version speaks {MAGIC!r}")
     if header_bytes > HEADER_LIMIT_BYTES:
@@ -54,12 +61,13 @@ def unpack(payload: bytes) -> tuple[int, object, memoryview]:
         claimed = FRAME_BYTES + header_bytes + body_bytes
         raise RemoteWireError(f"frame claims {claimed} bytes but the payload has {len(payload)}")
     rest = memoryview(payload)[FRAME_BYTES:]
-    if zlib.crc32(rest) != checksum:
+    if zlib.crc32(rest, zlib.crc32(payload[: _FIXED.size])) != _CHECKSUM.unpack_from(payload, _FIXED.size)[0]:
         raise RemoteWireError("checksum differs: the payload was damaged on its way")
     return kind, _parse_header(bytes(rest[:header_bytes])), rest[header_bytes:]
 
 
 def _parse_header(encoded: bytes) -> object:
+    _check_items(encoded)
     try:
         return cbor2.loads(
             encoded,
@@ -70,3 +78,21 @@ def _parse_header(encoded: bytes) -> object:
         )
     except (cbor2.CBORError, ValueError, TypeError, OverflowError) as error:
         raise RemoteWireError(f"header is not the CBOR of this protocol: {error}") from error
+
+
+def _check_items(encoded: bytes) -> None:
+    """One CBOR item and nothing after it, without tags: its items lie one after the other, so no recursion is needed.
+
+    Raises RemoteWireError. Lengths that are indefinite or beyond the end are left for cbor2 to refuse.
+    """
+    position, expected = 0, 1
+    while expected and position < len(encoded):
+        major, info = encoded[position] >> 5, encoded[position] & 31
+        if major == _TAG:
+            raise RemoteWireError(f"header has a CBOR tag at byte {position}; this protocol uses none")
+        follow = _ARGUMENT_BYTES.get(info, 0)
+        argument = int.from_bytes(encoded[position + 1 : position + 1 + follow], "big") if follow else info
+        position += 1 + follow + (argument if major in _STRINGS else 0)
+        expected += _ITEMS_HELD.get(major, 0) * argument - 1
+    if position < len(encoded):
+        raise RemoteWireError(f"header has {len(encoded)} bytes but its CBOR ends at byte {position}")

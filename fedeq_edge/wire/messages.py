@@ -25,6 +25,7 @@ Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGES
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 Status = Literal["waiting", "running", "finishing", "finished"]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
+Evaluations = Annotated[int, msgspec.Meta(ge=0, le=10_000)]  # a solver budget; nobody affords more for one sample
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +36,7 @@ class Birth(Message, frozen=True, kw_only=True):
     """A device is here. boot: new at every start of the agent, so that an old last will can be told from a new one.
 
     run and accepted_round: what its saved state belongs to ("" and -1 without one). duals: sha256 of its nu, empty
-    before the first round; the aggregator compares it with its own and lets a device that lost its state join anew.
+    where nu = 0; the aggregator compares it with its own and lets a device that lost its state join anew.
     pending_round: round of a contribution whose verdict the device has not heard, -1 without one.
     """
 
@@ -82,9 +83,10 @@ class Manifest(Message, frozen=True, kw_only=True):
 class Task(Message, frozen=True, kw_only=True):
     """Do round `round` from consensus `model` (digest of z_hat) within `deadline_s` seconds of receipt.
 
-    kappa takes effect here and nu stays as it is (algorithm.md section 4, step 1). duals: digest of the nu that the
-    aggregator holds for this device, empty where it counts with nu = 0. final: no training, personalise with this
-    consensus and report.
+    kappa takes effect here and nu stays as it is (algorithm.md section 4, step 1). after: the last round of which the
+    aggregator had this device's contribution when it wrote the task, -1 before the first. duals: digest of the nu
+    that it held then, empty where it counts with nu = 0, None where its method keeps none. final: no training,
+    personalise with this consensus and report.
     """
 
     run: Name
@@ -92,7 +94,8 @@ class Task(Message, frozen=True, kw_only=True):
     model: Digest
     kappa: float
     deadline_s: float
-    duals: bytes = b""
+    after: Annotated[int, msgspec.Meta(ge=-1, le=2**53)] = -1
+    duals: bytes | None = b""
     final: bool = False
 
 
@@ -125,8 +128,8 @@ class Metrics(Message, frozen=True, kw_only=True):
     loss: float
     residual: float
     backward_residual: float
-    forward: Count
-    adjoint: Count
+    forward: Evaluations
+    adjoint: Evaluations
     seconds: float
     accuracy: float
     reduced: bool
@@ -181,8 +184,8 @@ class Report(Message, frozen=True, kw_only=True):
 
     run: Name
     round: Count
-    forward: Count
-    adjoint: Count
+    forward: Evaluations
+    adjoint: Evaluations
     residual: float
     accuracy_personal: float
     accuracy_consensus: float
