@@ -38,13 +38,14 @@ _STATUS_S: Final = 0.5
 
 def federation_of(chosen: AggregatorSettings) -> Federation:
     """What the settings fix for the life of a federation."""
+    method = chosen.resolved_method()
     return Federation(
         topics=Topics(chosen.federation),
         model=msgspec.to_builtins(chosen.model),
         plan=msgspec.to_builtins(chosen.train),
         seed=chosen.seed,
-        rounds=chosen.train.rounds,
-        method=chosen.resolved_method(),
+        rounds=chosen.train.rounds if method.exchange else 0,
+        method=method,
         schedule=chosen.schedule,
         codec=chosen.codec,
     )

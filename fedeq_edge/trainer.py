@@ -99,6 +99,7 @@ class Trainer:
             setup.spec,
             load_client(Path(setup.data)),
             setup.plan,
+            setup.method,
             start=initial(setup.spec, setup.seed),
             clock=DeviceClock(slowdown=setup.slowdown, shared=setup.shared),
             calibration=known,

@@ -14,6 +14,8 @@ import msgspec
 from fedeq_edge.consensus.quality import Rule, Weighting
 from fedeq_edge.errors import ConfigError
 
+Heads = Literal["personal", "consensus_refit"]
+
 
 class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One configuration of the engine, checked when made (ConfigError).
@@ -35,7 +37,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     proximal: bool = True
     rho: float = 0.1
     server: Literal["fresh", "mean"] = "fresh"
-    heads: Literal["personal", "consensus_refit"] = "personal"
+    heads: Heads = "personal"
     head_step: Literal["refit", "joint"] = "refit"
     ditto: float = 0.0
     quality: Rule = "residual"
@@ -74,7 +76,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method(name="admm"),
+        Method(name="admm", head_step="joint"),
         Method(name="local", exchange=False, duals=False, proximal=False, server="mean", quality="uniform"),
         Method(
             name="fedavg",

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fedeq_edge.consensus.methods import METHODS
 from fedeq_edge.data.npz import ClientData
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
@@ -15,4 +16,4 @@ def calibrate_model(spec: ModelSpec, plan: Plan) -> Calibration:
     x = rng.standard_normal((plan.batch, *spec.input_shape), dtype=np.float32)
     y = rng.integers(0, spec.classes, plan.batch)
     data = ClientData(x_train=x, y_train=y, x_test=x[:0], y_test=y[:0])
-    return TorchLearner(spec, data, plan, start=initial(spec, 0)).calibrate()
+    return TorchLearner(spec, data, plan, METHODS["admm"], start=initial(spec, 0)).calibrate()

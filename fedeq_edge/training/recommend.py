@@ -14,11 +14,15 @@ Starting points for data of about these sizes, not optima.
 
 from msgspec.structs import replace
 
+from fedeq_edge.consensus.methods import METHODS, Method
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.training.step import Plan
 
 Shape = tuple[int, ...]
+
+PERSONAL = METHODS["admm"]
+SHARED = replace(PERSONAL, heads="consensus_refit")
 
 # A strided stem shortens sequences to about so many positions: each one is paid for in every evaluation.
 SEQUENCE_POSITIONS = 32
@@ -28,8 +32,8 @@ SMALL_IMAGE = 12
 
 def recommend(
     input_shape: Shape, classes: int, *, shift: tuple[float, ...] = (), scale: tuple[float, ...] = ()
-) -> tuple[ModelSpec, Plan]:
-    """(model, plan) for samples of `input_shape`: (features,), (channels, length) or (channels, height, width).
+) -> tuple[ModelSpec, Plan, Method]:
+    """(model, plan, method) for samples of `input_shape`: (features,), (channels, length) or (channels, height, width).
 
     shift, scale: mean and standard deviation of the fleet's training data per channel; without them the samples are
     taken to be of order one. Raises ConfigError for another shape.
@@ -40,16 +44,16 @@ def recommend(
             f"model: samples of shape {input_shape} are no features, sequence or image; "
             "reshape them to (features,), (channels, length) or (channels, height, width)"
         )
-    spec, plan = kinds[len(input_shape)](input_shape, classes)
-    return replace(spec, shift=shift, scale=scale), plan
+    spec, plan, method = kinds[len(input_shape)](input_shape, classes)
+    return replace(spec, shift=shift, scale=scale), plan, method
 
 
-def _features(input_shape: Shape, classes: int) -> tuple[ModelSpec, Plan]:
+def _features(input_shape: Shape, classes: int) -> tuple[ModelSpec, Plan, Method]:
     spec = ModelSpec(input_shape=input_shape, classes=classes, channels=64)
-    return spec, Plan(rounds=30, batch=32, learning_rate=0.03, heads="consensus_refit")
+    return spec, Plan(rounds=30, batch=32, learning_rate=0.03), SHARED
 
 
-def _sequence(input_shape: Shape, classes: int) -> tuple[ModelSpec, Plan]:
+def _sequence(input_shape: Shape, classes: int) -> tuple[ModelSpec, Plan, Method]:
     stride = max(1, round(input_shape[1] / SEQUENCE_POSITIONS))
     spec = ModelSpec(
         input_shape=input_shape,
@@ -59,13 +63,13 @@ def _sequence(input_shape: Shape, classes: int) -> tuple[ModelSpec, Plan]:
         stem_kernel=3 * stride,
         stem_stride=stride,
     )
-    return spec, Plan(rounds=30, batch=32, learning_rate=0.3, budgets=(2, 3, 4, 6, 8))
+    return spec, Plan(rounds=30, batch=32, learning_rate=0.3, budgets=(2, 3, 4, 6, 8)), PERSONAL
 
 
-def _image(input_shape: Shape, classes: int) -> tuple[ModelSpec, Plan]:
+def _image(input_shape: Shape, classes: int) -> tuple[ModelSpec, Plan, Method]:
     if max(input_shape[1:]) <= SMALL_IMAGE:
         spec = ModelSpec(input_shape=input_shape, classes=classes, cell="residual", channels=16, stem_width=8, pool=4)
-        return spec, Plan(epochs=5, learning_rate=0.1, heads="consensus_refit")
+        return spec, Plan(epochs=5, learning_rate=0.1), SHARED
     spec = ModelSpec(
         input_shape=input_shape,
         classes=classes,
@@ -76,4 +80,4 @@ def _image(input_shape: Shape, classes: int) -> tuple[ModelSpec, Plan]:
         stem_stride=2,
         pool=2,
     )
-    return spec, Plan(epochs=2, learning_rate=0.1, heads="consensus_refit")
+    return spec, Plan(epochs=2, learning_rate=0.1), SHARED

@@ -10,15 +10,13 @@ A `Learner` owns one device's data and model. Vectors are flat float32 arrays:
 Source of names and steps: algorithm.md, section 4 (weighted consensus ADMM) after FeDEQ, arXiv 2309.15659.
 """
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
-Heads = Literal["personal", "consensus_refit"]
-HeadStep = Literal["joint", "refit"]
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,20 +27,17 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every device does with a round; set by the aggregator, travels in the manifest.
+    """How much work a device does in a round, and how; set by the aggregator, travels in the manifest.
+
+    What the work is for (duals, penalty, heads) is the `Method`'s (consensus/methods.py), which travels beside it.
 
     rounds: length of the federation, for the learning-rate schedule. epochs: local passes over the data.
     learning_rate decays by a half cosine over the rounds to `learning_rate * final_rate`.
     clip: largest norm of the loss's gradient over theta and head together.
-    kappa: rho of algorithm.md section 4, the ADMM penalty before quality weighting.
     budgets: the range of K over which the fleet trains; a device draws K per batch from those that it can afford.
-    head_step: "joint" trains head and theta by the same steps; "refit" fits the head to cached features before the
-    shared step and keeps it there (the alternation of FedRep, arXiv 2102.07078; for personal heads).
     adjoint_ratio: k is about K times this. compute_s: device seconds that training may take in one round.
     refit_steps: Adam steps on cached equilibrium features when a head is fitted (`refit_rate` its step size).
     compare_local: at the end, train alone from the same start with the same number of steps, for comparison.
-    ditto: lambda > 0 makes the personal theta argmin F_i + lambda/2 |theta - z|^2, trained from the final z
-    (Ditto, arXiv 2012.04221, objective 1, whose second level needs only the last z); 0 makes it z.
     """
 
     rounds: int = 15
@@ -53,22 +48,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     momentum: float = 0.9
     clip: float = 1.0
     weight_decay: float = 0.0
-    kappa: float = 0.1
-    heads: Heads = "personal"
-    head_step: HeadStep = "joint"
-    duals: bool = True
-    proximal: bool = True
     budgets: tuple[int, ...] = (2, 3, 4, 6, 8, 12)
     adjoint_ratio: float = 0.4
     compute_s: float = 30.0
     refit_steps: int = 100
     refit_rate: float = 0.01
     compare_local: bool = False
-    ditto: float = 0.0
 
 
 class LocalTask(msgspec.Struct, frozen=True, kw_only=True):
-    """One round's work for one device. z, nu: (s,) float32; head: (h,) float32; kappa > 0; seed picks batches."""
+    """One round's work for one device. z, nu: (s,) float32; head: (h,) float32; kappa > 0; seed picks batches.
+
+    round: how many rounds the federation had completed before this one.
+    """
 
     round: int
     z: Vector

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedeq_edge.consensus.methods import Method
 from fedeq_edge.data.npz import ClientData
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.solution import Solution
@@ -71,7 +72,7 @@ class Descent:
     """SGD with momentum on w = [theta | head] of `model`, from the parameters that it holds; velocity starts at 0.
 
     rate: step size of this round. pull: ADMM's part of the gradient, None when training alone.
-    frozen_head: the head was fitted by itself (`Plan.head_step` "refit") and stays.
+    frozen_head: the head was fitted by itself (`Method.head_step` "refit") and stays.
     """
 
     def __init__(self, model: DEQ, plan: Plan, *, rate: float, pull: Pull | None, frozen_head: bool) -> None:
@@ -145,6 +146,7 @@ class TorchLearner:
         spec: ModelSpec,
         data: ClientData,
         plan: Plan,
+        method: Method,
         *,
         start: tuple[Vector, Vector],
         clock: Clock | None = None,
@@ -152,7 +154,7 @@ class TorchLearner:
         speed: Callable[[], float] = lambda: 1.0,
     ) -> None:
         _check(spec, data)
-        self._plan, self._data, self._start = plan, data, start
+        self._plan, self._method, self._data, self._start = plan, method, data, start
         self._clock: Clock = DeviceClock() if clock is None else clock
         self._calibration, self._speed = calibration, speed
         self._x, self._y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
@@ -193,19 +195,21 @@ class TorchLearner:
         allowance = self._allowance()
         self._model.load(*self._received(task))
         consensus_accuracy = self._test_accuracy(_middle(allowance.menu))
-        if self._plan.head_step == "refit":
+        if self._method.head_step == "refit":
             self._refit(_middle(allowance.menu))
         descent = self._descent(
             rate=learning_rate(self._plan, task.round),
             pull=self._pull(task),
-            frozen_head=self._plan.head_step == "refit",
+            frozen_head=self._method.head_step == "refit",
         )
         left_s = self._plan.compute_s - (self._clock() - began)
         measured, reduced = self._paced(descent, allowance, left_s, np.random.default_rng(task.seed))
         return self._result(task, measured, reduced, consensus_accuracy, self._clock() - began)
 
     def personalise(self, z: Vector, head: Vector) -> Personal:
-        """The personal model of this device: theta of z, or Ditto's theta near it, with the head refitted.
+        """The personal model of this device: theta of z (or Ditto's theta near it), with the head refitted.
+
+        A method without exchange has made no consensus: then the model is trained alone, from z as it began.
 
         K is the middle of the affordable menu. With `heads = "consensus_refit"` the head comes from z and `head` is
         not used.
@@ -215,8 +219,10 @@ class TorchLearner:
         theta, own_head = self._split(z, head)
         self._model.load(theta, own_head)
         consensus_accuracy = self._test_accuracy(forward)
-        if self._plan.ditto:
-            near = Pull(z=_tensor(theta), nu=torch.zeros(len(theta)), kappa=self._plan.ditto)
+        if not self._method.exchange:
+            self._train_alone(allowance, near=None)
+        elif self._method.ditto:
+            near = Pull(z=_tensor(theta), nu=torch.zeros(len(theta)), kappa=self._method.ditto)
             self._train_alone(allowance, near)
         self._refit(forward)
         personal_theta, personal_head = self._vectors()
@@ -250,8 +256,8 @@ class TorchLearner:
         z, nu = _tensor(task.z), _tensor(task.nu)
         return Pull(
             z=z,
-            nu=nu if self._plan.duals else torch.zeros_like(z),
-            kappa=task.kappa if self._plan.proximal else 0.0,
+            nu=nu if self._method.duals else torch.zeros_like(z),
+            kappa=task.kappa if self._method.proximal else 0.0,
         )
 
     def _batches(self, generator: np.random.Generator) -> list[NDArray[np.int64]]:
@@ -261,7 +267,7 @@ class TorchLearner:
 
     @property
     def _shares_head(self) -> bool:
-        return self._plan.heads == "consensus_refit"
+        return self._method.heads == "consensus_refit"
 
     def _received(self, task: LocalTask) -> tuple[Vector, Vector]:
         if task.z.shape != task.nu.shape:

@@ -84,7 +84,9 @@ def test_one_folder_imports_onnx_and_one_module_onnxruntime() -> None:
 def test_torch_is_imported_by_the_model_the_local_step_and_the_check_of_exports_alone() -> None:
     users = users_of("torch")
     assert users
-    assert {name for name in users if name not in TORCH and name.split("/")[0].removesuffix(".py") not in TORCH} == set()
+    assert {
+        name for name in users if name not in TORCH and name.split("/")[0].removesuffix(".py") not in TORCH
+    } == set()
 
 
 @pytest.mark.parametrize("module", ["agent", "gateway", "cli", "protocol.aggregator", "settings", "modelfile"])

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedeq_edge import report
 from fedeq_edge.errors import ConfigError
+from fedeq_edge.report import charts, numbers
+from fedeq_edge.report.page import render
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -130,7 +131,7 @@ class Balance(HTMLParser):
 @pytest.mark.parametrize("count", [0, 1, 15])
 def test_a_page_is_well_formed_and_draws_inside_its_plots_for_any_fleet(size: int, count: int) -> None:
     devices = fleet(size)
-    page = report.render(summary(devices), rounds_of(devices, count))
+    page = render(summary(devices), rounds_of(devices, count))
     balance = Balance()
     balance.feed(page)
     assert balance.open == []
@@ -141,30 +142,28 @@ def test_a_page_is_well_formed_and_draws_inside_its_plots_for_any_fleet(size: in
 
 def test_the_page_loads_nothing_and_runs_nothing() -> None:
     devices = fleet(6)
-    page = report.render(summary(devices), rounds_of(devices, 5))
+    page = render(summary(devices), rounds_of(devices, 5))
     assert not re.search(r"(?i)<script|<link|<img|<iframe|@import|url\(|\bsrc=|\bhref=|https?:|\bon\w+=", page)
 
 
 def test_names_and_reasons_from_other_machines_are_escaped() -> None:
     evil = '<script>alert("x")</script>'
     history = [line(1, {evil: 0.5}, declined={evil: '"><img src=x onerror=y>'})]
-    page = report.render(
-        summary([device(evil, profile="</td>" + evil)], command=f"fedeq demo --data '{evil}'"), history
-    )
+    page = render(summary([device(evil, profile="</td>" + evil)], command=f"fedeq demo --data '{evil}'"), history)
     assert "<script" not in page
     assert "<img" not in page
     assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in page
 
 
 def test_the_headline_says_how_many_how_long_and_how_well() -> None:
-    words = text(report.render(summary(fleet(6)), []))
+    words = text(render(summary(fleet(6)), []))
     assert "6 devices learned together for 3 rounds and now answer 97.5 % of their own test samples" in words
     assert "trained alone: 95.1 %" in words
     assert "removed 49.0 % of the errors" in words
 
 
 def test_a_federation_that_did_harm_is_said_to_have_done_so() -> None:
-    words = text(report.render(summary(fleet(6), errors_saved=-0.125), []))
+    words = text(render(summary(fleet(6), errors_saved=-0.125), []))
     assert "did not pay here" in words
     assert "12.5 % more errors" in words
     assert "removed" not in words
@@ -172,8 +171,8 @@ def test_a_federation_that_did_harm_is_said_to_have_done_so() -> None:
 
 def test_emulated_boards_are_labelled_and_real_ones_are_not() -> None:
     mixed = [device("a", emulated=True), device("b", emulated=False)]
-    assert "1 of 2 boards are emulated." in text(report.render(summary(mixed), []))
-    assert "emulated" not in text(report.render(summary([device("b", emulated=False)]), []))
+    assert "1 of 2 boards are emulated." in text(render(summary(mixed), []))
+    assert "emulated" not in text(render(summary([device("b", emulated=False)]), []))
 
 
 @pytest.mark.parametrize("unknown", [None, math.nan])
@@ -197,13 +196,13 @@ def test_unknown_numbers_are_dashes_and_never_zeros_or_nan(unknown: float | None
         aggregator={"rss_peak_bytes": unknown, "cpu_s": unknown},
     )
     history = [line(1, {"device-0": unknown}, primal_residual=unknown, dual_residual=unknown, seconds=unknown)]
-    words = text(report.render(facts, history))
+    words = text(render(facts, history))
     assert "No device trained alone for comparison." in words
     assert "No round reported an accuracy." in words
     assert "No round reported a residual." in words
     assert "not exported" in words
     assert not re.search(r"\b(nan|None|inf)\b", words)
-    assert report.UNKNOWN in words
+    assert numbers.UNKNOWN in words
 
 
 def test_who_gained_is_counted_and_sorted_with_the_largest_gain_first() -> None:
@@ -213,7 +212,7 @@ def test_who_gained_is_counted_and_sorted_with_the_largest_gain_first() -> None:
         device("gained", alone=0.9, personal=0.95),
         device("unknown", alone=None),
     ]
-    page = report.render(summary(devices), [])
+    page = render(summary(devices), [])
     words = text(page)
     assert "1 device gained, 1 tied, 1 lost; 1 cannot be compared." in words
     part = words[words.index("1 device gained") : words.index("Memory idle")]
@@ -223,15 +222,15 @@ def test_who_gained_is_counted_and_sorted_with_the_largest_gain_first() -> None:
 
 
 def test_bytes_are_set_against_the_whole_model_as_float32() -> None:
-    words = text(report.render(summary(fleet(6)), []))
+    words = text(render(summary(fleet(6)), []))
     assert "45.0 kB in both directions, 4 times less" in words
     assert "(180 kB)" in words
     assert "22,506 parameters of 4 bytes" in words
 
 
 def test_a_personal_head_is_said_to_stay_and_a_consensus_head_to_travel() -> None:
-    personal = text(report.render(summary(fleet(1), heads="personal"), []))
-    consensus = text(report.render(summary(fleet(1), heads="consensus_refit"), []))
+    personal = text(render(summary(fleet(1), heads="personal"), []))
+    consensus = text(render(summary(fleet(1), heads="consensus_refit"), []))
     assert "The head (1,290 parameters), in every round and at the end." in personal
     assert "whole model, equilibrium part and head (22,506 parameters)" in consensus
     assert "in every round and at the end" not in consensus
@@ -243,7 +242,7 @@ def test_declines_late_contributions_and_lowered_budgets_are_told() -> None:
         line(2, {"a": 0.6, "b": 0.5}, late=["b"], extensions=1),
     ]
     history[1]["devices"]["a"]["reduced"] = True
-    words = text(report.render(summary([device("a"), device("b")]), history))
+    words = text(render(summary([device("a"), device("b")]), history))
     assert "3 of 4 contributions asked for were used (1 of them after their round); 1 refusal by a device" in words
     assert "1 time a round had to wait" in words
     assert "battery at 12 %" in words
@@ -252,12 +251,12 @@ def test_declines_late_contributions_and_lowered_budgets_are_told() -> None:
 
 def test_lines_of_other_kinds_in_the_history_are_passed_over() -> None:
     history = [line(1, {"a": 0.5}), {"kind": "report", "device": "a", "round": 1}]
-    assert text(report.render(summary([device("a")]), history)).count("1 of 1 contributions") == 1
+    assert text(render(summary([device("a")]), history)).count("1 of 1 contributions") == 1
 
 
 def test_a_line_stops_where_a_round_has_no_value_and_goes_on_after_it() -> None:
     history = [line(t, {"a": 0.5}, primal_residual=value) for t, value in enumerate([3.0, 2.0, None, 0.0, 1.0], 1)]
-    page = report.render(summary([device("a")]), history)
+    page = render(summary([device("a")]), history)
     drawn = re.findall(r'class="line primal" d="(M[^"]*)"', page)
     assert [path.count("M") for path in drawn if path != "M0 5H32"] == [2]
 
@@ -272,33 +271,33 @@ def test_without_jinja2_the_message_names_the_extra(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'fedeq-edge\[demo\]'"):
-        report.render(summary(fleet(1)), [])
+        render(summary(fleet(1)), [])
 
 
 def test_a_summary_of_another_shape_is_refused_by_the_name_of_its_field() -> None:
     with pytest.raises(msgspec.ValidationError, match=r"\$\.devices\[0\]\.id"):
-        report.render(summary([device("a", id=7)]), [])
+        render(summary([device("a", id=7)]), [])
 
 
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        (report.percent(0.9754), "97.5 %"),
-        (report.percent(1.0), "100.0 %"),
-        (report.points(0.0241), "+2.4"),
-        (report.points(-0.01), "−1.0"),
-        (report.number(21_500), "21,500"),
-        (report.significant(0.0123), "0.012"),
-        (report.significant(3.2e-6), "3.2 × 10⁻⁶"),
-        (report.significant(1e-5), "10⁻⁵"),
-        (report.size(45_210_000), "45.2 MB"),
-        (report.size(999), "999 B"),
-        (report.duration(0.00031), "0.310 ms"),
-        (report.duration(61.24), "61.2 s"),
-        (report.duration(1800), "30 min"),
-        (report.plural(1, "device"), "1 device"),
-        (report.plural(1200, "device"), "1,200 devices"),
-        (report.percent(None), "–"),
+        (numbers.percent(0.9754), "97.5 %"),
+        (numbers.percent(1.0), "100.0 %"),
+        (numbers.points(0.0241), "+2.4"),
+        (numbers.points(-0.01), "−1.0"),
+        (numbers.number(21_500), "21,500"),
+        (numbers.significant(0.0123), "0.012"),
+        (numbers.significant(3.2e-6), "3.2 × 10⁻⁶"),
+        (numbers.significant(1e-5), "10⁻⁵"),
+        (numbers.size(45_210_000), "45.2 MB"),
+        (numbers.size(999), "999 B"),
+        (numbers.duration(0.00031), "0.310 ms"),
+        (numbers.duration(61.24), "61.2 s"),
+        (numbers.duration(1800), "30 min"),
+        (numbers.plural(1, "device"), "1 device"),
+        (numbers.plural(1200, "device"), "1,200 devices"),
+        (numbers.percent(None), "–"),
     ],
 )
 def test_numbers_are_written_with_the_digits_that_count(written: str, meant: str) -> None:
@@ -309,7 +308,7 @@ def test_numbers_are_written_with_the_digits_that_count(written: str, meant: str
 @given(st.lists(st.floats(min_value=1e-12, max_value=1e12), min_size=1, max_size=8))
 def test_any_positive_residuals_lie_on_their_axis_and_have_two_labels_at_least(values: list[float]) -> None:
     history = [line(t, {"a": 0.5}, primal_residual=value, dual_residual=None) for t, value in enumerate(values, 1)]
-    page = report.render(summary([device("a")]), history)
+    page = render(summary([device("a")]), history)
     chart = page[page.index("Consensus residuals over rounds") : page.index("<h2>Rounds")]
     assert all(0 <= float(at) <= 100 for at in re.findall(r"bottom:(-?[\d.e-]+)%", chart))
     assert len(re.findall('class="y"', chart)) >= 2
@@ -319,10 +318,10 @@ def test_any_positive_residuals_lie_on_their_axis_and_have_two_labels_at_least(v
 @given(st.lists(st.integers(0, 200).map(lambda right: right / 200), min_size=1, max_size=8))
 def test_any_accuracies_lie_on_their_axis_and_have_two_labels_at_least(values: list[float]) -> None:
     history = [line(t, {"a": value}) for t, value in enumerate(values, 1)]
-    page = report.render(summary([device("a")]), history)
+    page = render(summary([device("a")]), history)
     chart = page[page.index("Accuracy over rounds") : page.index("Consensus residuals over rounds")]
     assert all(0 <= float(at) <= 100 for at in re.findall(r"bottom:(-?[\d.e-]+)%", chart))
-    assert 2 <= len(re.findall('class="y"', chart)) <= report.LOG_TICKS + 1
+    assert 2 <= len(re.findall('class="y"', chart)) <= charts.LOG_TICKS + 1
     labels = [float(label) for label in re.findall(r'class="y"[^>]*>([\d.]+)\s%<', chart)]
     assert labels == sorted(set(labels), reverse=True)
     assert len(labels) == chart.count('class="y"')

@@ -12,7 +12,7 @@ from fedeq_edge.training.recommend import recommend
     "shape", [(4,), (207,), (1, 8), (9, 128), (6, 1000), (1, 8, 8), (1, 28, 28), (3, 32, 32), (1, 4, 4), (3, 64, 48)]
 )
 def test_every_kind_of_data_gets_a_model_that_can_be_built(shape: tuple[int, ...]) -> None:
-    spec, plan = recommend(shape, 10)
+    spec, plan, _ = recommend(shape, 10)
     assert spec.input_shape == shape
     assert size(theta_layout(spec)) > 0
     assert size(head_layout(spec)) == 10 * (spec.features + 1)
@@ -20,12 +20,12 @@ def test_every_kind_of_data_gets_a_model_that_can_be_built(shape: tuple[int, ...
 
 
 def test_a_long_sequence_is_shortened_to_what_a_small_board_can_iterate_on() -> None:
-    spec, _ = recommend((6, 1000), 4)
+    spec, _, _ = recommend((6, 1000), 4)
     assert 24 <= spec.state_shape[1] <= 48
 
 
 def test_the_normalisation_of_the_fleet_goes_into_the_model() -> None:
-    spec, _ = recommend((2, 64), 3, shift=(0.5, 1.0), scale=(2.0, 3.0))
+    spec, _, _ = recommend((2, 64), 3, shift=(0.5, 1.0), scale=(2.0, 3.0))
     assert (spec.shift, spec.scale) == ((0.5, 1.0), (2.0, 3.0))
 
 

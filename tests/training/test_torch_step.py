@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from fedeq_edge.consensus.admm import Consensus, advance_dual
 from fedeq_edge.consensus.constraint import feasible
-from fedeq_edge.consensus.methods import method
+from fedeq_edge.consensus.methods import METHODS, Method
 from fedeq_edge.data.npz import ClientData
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.layout import row_bounds
@@ -21,6 +21,8 @@ from fedeq_edge.training.torch_step import Descent, Pull, TorchLearner
 SPEC = ModelSpec(input_shape=(6,), classes=3, channels=8)
 RESIDUAL = ModelSpec(input_shape=(1, 6, 6), classes=3, cell="residual", channels=8, groups=4, pool=2)
 PLAN = Plan(rounds=5, epochs=2, batch=8, learning_rate=0.1, budgets=(2, 4, 8), compute_s=100.0, refit_steps=40)
+ADMM = METHODS["admm"]
+SHARED = replace(ADMM, heads="consensus_refit")
 CHEAP = Calibration(batch=8, fixed_s=1e-3, evaluation_s=1e-4, adjoint_s=1e-4)
 
 
@@ -46,15 +48,19 @@ def blobs(spec: ModelSpec, *, classes: tuple[int, ...] = (0, 1, 2), seed: int = 
 
 
 def learner_of(
-    spec: ModelSpec = SPEC, plan: Plan = PLAN, data: ClientData | None = None, tick_s: float = 0.0
+    spec: ModelSpec = SPEC,
+    plan: Plan = PLAN,
+    data: ClientData | None = None,
+    tick_s: float = 0.0,
+    method: Method = ADMM,
 ) -> TorchLearner:
     data = blobs(spec) if data is None else data
-    return TorchLearner(spec, data, plan, start=initial(spec, 0), clock=TickingClock(tick_s), calibration=CHEAP)
+    return TorchLearner(spec, data, plan, method, start=initial(spec, 0), clock=TickingClock(tick_s), calibration=CHEAP)
 
 
-def first_task(spec: ModelSpec = SPEC, plan: Plan = PLAN, **changes: object) -> LocalTask:
+def first_task(spec: ModelSpec = SPEC, method: Method = ADMM, **changes: object) -> LocalTask:
     theta, head = initial(spec, 0)
-    z = np.concatenate([theta, head]) if plan.heads == "consensus_refit" else theta
+    z = np.concatenate([theta, head]) if method.heads == "consensus_refit" else theta
     task = LocalTask(round=0, z=z, nu=np.zeros_like(z), kappa=0.1, head=head, seed=7)
     return replace(task, **changes)
 
@@ -140,10 +146,9 @@ def test_personal_heads_stay_out_of_the_difference() -> None:
 
 
 def test_shared_heads_follow_theta_in_the_difference() -> None:
-    plan = replace(PLAN, heads="consensus_refit")
     theta, head = initial(SPEC, 0)
     ignored = np.full_like(head, 5.0)
-    result = learner_of(plan=plan).train(first_task(plan=plan, head=ignored))
+    result = learner_of(method=SHARED).train(first_task(method=SHARED, head=ignored))
     assert result.difference.shape == (theta.size + head.size,)
     assert result.difference.dtype == np.float32
     np.testing.assert_array_equal(result.difference[theta.size :], result.head - head)
@@ -156,11 +161,11 @@ def test_a_stiff_penalty_keeps_theta_at_the_consensus() -> None:
 
 
 def test_duals_and_penalty_are_ignored_where_the_plan_leaves_them_out() -> None:
-    plan = replace(PLAN, duals=False, proximal=False)
+    fedper = METHODS["fedper"]
     pulled = first_task(kappa=9.0)
     with_dual = replace(pulled, nu=np.ones_like(pulled.z))
-    plain = learner_of(plan=plan).train(first_task())
-    assert np.array_equal(learner_of(plan=plan).train(with_dual).difference, plain.difference)
+    plain = learner_of(method=fedper).train(first_task())
+    assert np.array_equal(learner_of(method=fedper).train(with_dual).difference, plain.difference)
 
 
 def test_theta_stays_well_posed_under_a_wild_step_size() -> None:
@@ -170,9 +175,9 @@ def test_theta_stays_well_posed_under_a_wild_step_size() -> None:
 
 
 def test_a_refitted_head_stays_as_fitted_while_theta_moves() -> None:
-    plan = replace(PLAN, head_step="refit")
-    once = learner_of(plan=plan).train(first_task())
-    wild = learner_of(plan=replace(plan, learning_rate=0.5)).train(first_task())
+    alternating = replace(ADMM, head_step="refit")
+    once = learner_of(method=alternating).train(first_task())
+    wild = learner_of(method=alternating, plan=replace(PLAN, learning_rate=0.5)).train(first_task())
     assert np.array_equal(once.head, wild.head)
     assert not np.array_equal(once.difference, wild.difference)
 
@@ -199,14 +204,16 @@ def test_a_device_that_allows_itself_less_draws_smaller_budgets() -> None:
     plan = replace(PLAN, compute_s=0.0155)
     start = initial(SPEC, 0)
     full, eased = (
-        TorchLearner(SPEC, blobs(SPEC), plan, start=start, clock=TickingClock(0.0), calibration=CHEAP, speed=speed)
+        TorchLearner(
+            SPEC, blobs(SPEC), plan, ADMM, start=start, clock=TickingClock(0.0), calibration=CHEAP, speed=speed
+        )
         for speed in (lambda: 1.0, lambda: 0.8)
     )
     assert eased.train(first_task()).budget.forward < full.train(first_task()).budget.forward
 
 
 def test_calibration_measures_and_leaves_the_start_as_it_was() -> None:
-    learner = TorchLearner(SPEC, blobs(SPEC), PLAN, start=initial(SPEC, 0), clock=TickingClock(1e-3))
+    learner = TorchLearner(SPEC, blobs(SPEC), PLAN, ADMM, start=initial(SPEC, 0), clock=TickingClock(1e-3))
     calibration = learner.calibrate()
     assert calibration.batch == PLAN.batch
     assert calibration.fixed_s + calibration.evaluation_s > 0.0
@@ -241,7 +248,7 @@ def test_training_alone_is_measured_when_the_plan_asks() -> None:
 def test_ditto_leaves_z_by_less_the_larger_its_lambda() -> None:
     theta, head = initial(SPEC, 0)
     gaps = [
-        float(np.linalg.norm(learner_of(plan=replace(PLAN, ditto=pull)).personalise(theta, head).theta - theta))
+        float(np.linalg.norm(learner_of(method=replace(ADMM, ditto=pull)).personalise(theta, head).theta - theta))
         for pull in (0.01, 5.0)
     ]
     assert gaps[0] > 2.0 * gaps[1] > 0.0
@@ -287,9 +294,12 @@ def test_vectors_of_another_model_are_refused() -> None:
 
 
 def test_two_devices_that_lack_a_class_each_learn_it_from_the_other() -> None:
-    plan = replace(PLAN, rounds=6, heads="consensus_refit")
-    learners = {str(classes): learner_of(plan=plan, data=blobs(SPEC, classes=classes)) for classes in ((0, 1), (1, 2))}
-    consensus = Consensus(first_task(plan=plan).z, method=method("admm"), bounds=row_bounds(SPEC))
+    plan = replace(PLAN, rounds=6)
+    learners = {
+        str(classes): learner_of(plan=plan, method=SHARED, data=blobs(SPEC, classes=classes))
+        for classes in ((0, 1), (1, 2))
+    }
+    consensus = Consensus(first_task(method=SHARED).z, method=SHARED, bounds=row_bounds(SPEC))
     duals = {name: np.zeros_like(consensus.z_hat) for name in learners}
     for name, learner in learners.items():
         consensus.join(name, learner.samples)
@@ -297,11 +307,11 @@ def test_two_devices_that_lack_a_class_each_learn_it_from_the_other() -> None:
         z = consensus.z_hat
         for name, learner in learners.items():
             kappa = consensus.penalty(name)
-            result = learner.train(first_task(plan=plan, round=completed, z=z, nu=duals[name], kappa=kappa))
+            result = learner.train(first_task(method=SHARED, round=completed, z=z, nu=duals[name], kappa=kappa))
             duals[name] = advance_dual(duals[name], kappa, result.difference)
             consensus.accept(name, result.difference, kappa)
         consensus.close_round()
     every = blobs(SPEC, seed=5)
-    judge = learner_of(plan=plan, data=every)
-    final = judge.train(first_task(plan=plan, z=consensus.z_hat)).accuracy_consensus
+    judge = learner_of(plan=plan, method=SHARED, data=every)
+    final = judge.train(first_task(method=SHARED, z=consensus.z_hat)).accuracy_consensus
     assert final > 0.85

@@ -1,0 +1,346 @@
+"""What the report draws: positions in percent of the plot, from the left and from the bottom."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from fedeq_edge.report.facts import Device, Round, RoundTraffic, Summary
+from fedeq_edge.report.numbers import TIE, number, percent, percent_mark, significant
+
+AXIS_TICKS = 7  # as many labels as fit side by side on a phone
+LOG_TICKS = 10  # as many as fit above each other
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """One label of an axis."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """From values to positions; a low above the high turns it round. log: for values > 0. values: those with a tick."""
+
+    low: float
+    high: float
+    values: tuple[float, ...]
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Position of a value in percent; the middle of an axis that has one value only."""
+        low, high, here = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
+        return 50.0 if high == low else round(100 * (here - low) / (high - low), 2)
+
+    def ticks(self, label: Callable[[float], str]) -> list[Tick]:
+        """A tick for each round value of the axis."""
+        return [Tick(at=self.at(value), label=label(value)) for value in self.values]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A line of a chart. style: its class in the style sheet; path: SVG in the 100 x 100 of the plot, y downwards."""
+
+    label: str
+    style: str
+    path: str
+    markers: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A line chart over rounds. description: what a reader who cannot see it must know. band: SVG path or ""."""
+
+    description: str
+    x: list[Tick]
+    y: list[Tick]
+    lines: list[Line]
+    band: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A number with its length relative to the longest bar beside it, in percent."""
+
+    value: float | None
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """One device's work: K, k and seconds a round; rounds in which it lowered its budget while training."""
+
+    device: Device
+    forward: Bar
+    adjoint: Bar
+    seconds: Bar
+    lowered: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """One device's accuracy after the federation against training alone; `left` and `width` join the two positions."""
+
+    device: Device
+    difference: float
+    verdict: str
+    alone_at: float
+    personal_at: float
+
+    @property
+    def left(self) -> float:
+        """Where the line between the two begins."""
+        return min(self.alone_at, self.personal_at)
+
+    @property
+    def width(self) -> float:
+        """How long it is."""
+        return round(abs(self.alone_at - self.personal_at), 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gains:
+    """All devices with both accuracies, the largest gain first; `unknown` devices lack one."""
+
+    rows: list[Gain]
+    ticks: list[Tick]
+    unknown: int
+
+    def number(self, verdict: str) -> int:
+        """How many devices gained, tied or lost."""
+        return sum(row.verdict == verdict for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Participation:
+    """Contributions over the whole run. asked: sum of the cohorts; late: after their round; declined: with reasons."""
+
+    asked: int
+    came: int
+    late: int
+    declined: list[tuple[int, str, str]]
+    extensions: int
+    median_s: float | None
+
+
+# Axes
+
+
+def _round_axis(rounds: Sequence[Round]) -> Axis:
+    low, high = rounds[0].round, rounds[-1].round
+    step = max(1, int(_round_step(high - low, AXIS_TICKS)))
+    return Axis(low=low, high=high, values=tuple(range(low + -low % step, high + 1, step)))
+
+
+def _linear_axis(low: float, high: float) -> Axis:
+    """The shortest axis between multiples of a round step that holds both; half a point wide at least."""
+    step = _round_step(max(high - low, 0.005), AXIS_TICKS - 1)
+    first, last = math.floor(low / step + TIE), math.ceil(high / step - TIE)
+    last = max(last, first + 1)
+    return Axis(low=first * step, high=last * step, values=tuple(i * step for i in range(first, last + 1)))
+
+
+def _round_step(span: float, at_most: int) -> float:
+    """The least of 1, 2, 5 times a power of ten that divides `span` into `at_most` parts or fewer."""
+    if span <= 0:
+        return 1.0
+    scale: float = 10.0 ** math.floor(math.log10(span / at_most))
+    return next(factor * scale for factor in (1, 2, 5, 10) if factor * scale * at_most >= span * (1 - TIE))
+
+
+def _log_axis(low: float, high: float) -> Axis:
+    """Between two of 1, 2, 5 times a power of ten; a tick at each of them, or at decades where those are too many."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+    first = max(mark for mark in marks if mark <= low * (1 + TIE))
+    last = min(mark for mark in marks if mark >= high * (1 - TIE) and mark > first)
+    inside = [mark for mark in marks if first <= mark <= last]
+    if len(inside) > LOG_TICKS:
+        inside = [10.0**decade for decade in decades if first <= 10.0**decade <= last]
+    return Axis(low=first, high=last, values=tuple(inside), log=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ErrorAxis:
+    """Accuracies by the logarithm of their errors, so that 95 and 99 % stand as far apart as 75 and 95 %.
+
+    On an even axis a federation that starts near chance and ends near 100 % looks like a step, and what it gains over
+    training alone vanishes in the upper edge. No errors at all would be infinitely far up: `least` stands for it.
+    """
+
+    axis: Axis
+    least: float
+
+    @classmethod
+    def of(cls, accuracies: Sequence[float]) -> "_ErrorAxis":
+        """An axis that holds all of them, the best at the top."""
+        errors = [1 - value for value in accuracies if value < 1 - TIE] or [0.01]
+        inner = _log_axis(min(*errors, 0.5), max(errors))  # with 50 % where all do worse: never an error beyond 1
+        flawless = max(accuracies) >= 1 - TIE
+        best, values = (inner.low / 2, (inner.low / 2, *inner.values)) if flawless else (inner.low, inner.values)
+        return cls(axis=Axis(low=inner.high, high=best, values=values, log=True), least=best if flawless else 0.0)
+
+    def error(self, accuracy: float) -> float:
+        """Where an accuracy stands on `axis`."""
+        return max(1 - accuracy, self.least)
+
+    def label(self, error: float) -> str:
+        """The accuracy with that error."""
+        return percent_mark(1.0 if error <= self.least else 1 - error)
+
+
+# Charts over rounds
+
+
+def accuracy_chart(run: Summary, rounds: Sequence[Round]) -> Chart | None:
+    """Mean and range of the consensus's accuracy, with the two final means to compare it with."""
+    measured = [line for line in rounds if line.accuracies]
+    if not measured:
+        return None
+    finals = (("personal", run.accuracy.personal), ("alone", run.accuracy.local_only))
+    references = [(style, value) for style, value in finals if value is not None]
+    known = [value for line in measured for value in line.accuracies] + [value for _, value in references]
+    x, y = _round_axis(rounds), _ErrorAxis.of(known)
+    means = [(line.round, y.error(fmean(line.accuracies))) for line in measured]
+    ranges = [(line.round, y.error(min(line.accuracies)), y.error(max(line.accuracies))) for line in measured]
+    return Chart(
+        description=_accuracy_in_words(measured),
+        x=x.ticks(number),
+        y=y.axis.ticks(y.label),
+        lines=[
+            _line("Consensus, mean over devices", "mean", means, x, y.axis),
+            *(_level(style, value, y) for style, value in references),
+        ],
+        band=_band(ranges, x, y.axis),
+    )
+
+
+def _accuracy_in_words(measured: Sequence[Round]) -> str:
+    first, last = measured[0], measured[-1]
+    return (
+        f"Accuracy of the consensus by round: mean over devices {percent(fmean(first.accuracies))} in round "
+        f"{first.round}, {percent(fmean(last.accuracies))} in round {last.round}, there between "
+        f"{percent(min(last.accuracies))} and {percent(max(last.accuracies))}."
+    )
+
+
+def _level(style: str, accuracy: float, y: _ErrorAxis) -> Line:
+    names = {"personal": "Personal models, after the last round", "alone": "Each device alone"}
+    up = y.axis.at(y.error(accuracy))
+    return Line(label=f"{names[style]}: {percent(accuracy)}", style=style, path=f"M0 {100 - up:g}H100")
+
+
+def residual_chart(rounds: Sequence[Round]) -> Chart | None:
+    """Primal and dual residual of the consensus, logarithmic."""
+    primal = [(float(line.round), line.primal_residual) for line in rounds]
+    dual = [(float(line.round), line.dual_residual) for line in rounds]
+    known = [value for _, value in primal + dual if value]
+    if not known:
+        return None
+    x, y = _round_axis(rounds), _log_axis(min(known), max(known))
+    return Chart(
+        description=f"Consensus residuals by round, logarithmic: {_course('primal', primal)}; {_course('dual', dual)}.",
+        x=x.ticks(number),
+        y=y.ticks(significant),
+        lines=[_line("Primal residual", "primal", primal, x, y), _line("Dual residual", "dual", dual, x, y)],
+    )
+
+
+def _course(name: str, values: Sequence[tuple[float, float | None]]) -> str:
+    known = [value for _, value in values if value]
+    return f"{name} from {significant(known[0])} to {significant(known[-1])}" if known else f"{name} unknown"
+
+
+def _line(label: str, style: str, values: Iterable[tuple[float, float | None]], x: Axis, y: Axis) -> Line:
+    """A line through the values; one that is unknown, or 0 on a logarithmic axis, interrupts it."""
+    parts: list[str] = []
+    markers: list[tuple[float, float]] = []
+    pen = "M"
+    for across, up in values:
+        if up is None or (y.log and up <= 0):
+            pen = "M"
+            continue
+        markers.append((x.at(across), y.at(up)))
+        parts.append(f"{pen}{x.at(across):g} {100 - y.at(up):g}")
+        pen = "L"
+    return Line(label=label, style=style, path="".join(parts), markers=tuple(markers))
+
+
+def _band(ranges: Sequence[tuple[int, float, float]], x: Axis, y: Axis) -> str:
+    upper = [f"{x.at(across):g} {100 - y.at(high):g}" for across, _, high in ranges]
+    lower = [f"{x.at(across):g} {100 - y.at(low):g}" for across, low, _ in reversed(ranges)]
+    return f"M{'L'.join(upper + lower)}Z"
+
+
+# Devices, bytes, rounds
+
+
+def efforts(devices: Sequence[Device], rounds: Sequence[Round]) -> list[Effort]:
+    """The largest budget first: what the fleet's boards differ in."""
+    ordered = sorted(devices, key=lambda device: (-(device.budget.forward or 0), -(device.budget.adjoint or 0)))
+    forward = _bars([device.budget.forward for device in ordered])
+    adjoint = _bars([device.budget.adjoint for device in ordered])
+    seconds = _bars([device.seconds_per_round for device in ordered])
+    return [
+        Effort(device=device, forward=k, adjoint=terms, seconds=time, lowered=_lowered(device.id, rounds))
+        for device, k, terms, time in zip(ordered, forward, adjoint, seconds, strict=True)
+    ]
+
+
+def _lowered(device: str, rounds: Sequence[Round]) -> int:
+    return sum(device in line.devices and line.devices[device].reduced for line in rounds)
+
+
+def traffic(traffic: RoundTraffic) -> dict[str, Bar]:
+    """Bytes per device and round on one scale: ours and the whole model's as float32, both ways."""
+    whole = traffic.float32_full_model
+    values = {"up": traffic.up, "down": traffic.down, "whole_up": whole.up, "whole_down": whole.down}
+    return dict(zip(values, _bars(list(values.values())), strict=True))
+
+
+def _bars(values: Sequence[float | None]) -> list[Bar]:
+    longest = max((value for value in values if value is not None), default=0.0)
+    return [Bar(value=v, share=round(100 * v / longest, 2) if v and longest else 0.0) for v in values]
+
+
+def gains(devices: Sequence[Device]) -> Gains:
+    """Who gained against training alone, the largest gain first."""
+    pairs = [
+        (device, device.accuracy.local_only, device.accuracy.personal)
+        for device in devices
+        if device.accuracy.local_only is not None and device.accuracy.personal is not None
+    ]
+    if not pairs:
+        return Gains(rows=[], ticks=[], unknown=len(devices))
+    known = [value for _, *both in pairs for value in both]
+    axis = _linear_axis(min(known), max(known))
+    rows = [_gain(device, alone, personal, axis) for device, alone, personal in pairs]
+    rows.sort(key=lambda row: -row.difference)
+    return Gains(rows=rows, ticks=axis.ticks(percent_mark), unknown=len(devices) - len(rows))
+
+
+def _gain(device: Device, alone: float, personal: float, axis: Axis) -> Gain:
+    difference = personal - alone
+    verdict = "tied" if abs(difference) <= TIE else "gained" if difference > 0 else "lost"
+    return Gain(
+        device=device,
+        difference=difference,
+        verdict=verdict,
+        alone_at=axis.at(alone),
+        personal_at=axis.at(personal),
+    )
+
+
+def participation(rounds: Sequence[Round]) -> Participation:
+    """Who was asked, who came, who declined and why."""
+    times = [line.seconds for line in rounds if line.seconds is not None]
+    return Participation(
+        asked=sum(line.cohort for line in rounds),
+        came=sum(len(line.contributed) for line in rounds),
+        late=sum(len(line.late) for line in rounds),
+        declined=[(line.round, device, reason) for line in rounds for device, reason in line.declined.items()],
+        extensions=sum(line.extensions for line in rounds),
+        median_s=median(times) if times else None,
+    )

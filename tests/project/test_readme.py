@@ -1,0 +1,57 @@
+"""The README's commands exist, and every command is in the README."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from fedeq_edge.cli import app
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """(words after fedeq, command) of every leaf of the command tree."""
+    for name, command in getattr(group, "commands", {}).items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+def shown_lines() -> list[str]:
+    """Lines of the README that a user would type."""
+    return [
+        line.strip().partition("#")[0].strip() for line in README.splitlines() if re.match(r" {4}(fedeq|make) ", line)
+    ]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_in_the_readme(name: str) -> None:
+    assert f"`fedeq {name}`" in README
+
+
+@pytest.mark.parametrize("line", [line for line in shown_lines() if line.startswith("fedeq")])
+def test_a_shown_command_exists_with_its_options(line: str) -> None:
+    words = shlex.split(line)[1:]
+    name = next(name for name in COMMANDS if " ".join(words).startswith(name))
+    known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`| {4})make ([a-z-]+)", README))))
+def test_a_shown_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_a_link_leads_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
