@@ -93,7 +93,7 @@ class Implicit:
     """The adjoint solved as a fixed point of its own, with at most `budget` products, to the relative tolerance `tol`.
 
     The incoming gradient is brought to norm 1 per sample first, so the tolerance does not depend on the loss's scale
-    (an absolute one cost torchdeq four digits on a mean loss, notes/equilibrium.md probe P8).
+    (an absolute one cost torchdeq 0.1.0 four digits on a mean loss).
     """
 
     budget: int

@@ -101,7 +101,7 @@ class ContractiveCell(nn.Module):
 class ResidualCell(nn.Module):
     """The published block f(z, u) = GN(act(z + GN(u + conv(GN(act(conv z)))))).
 
-    Source: design/algorithm.md section 1; FeDEQ, arXiv 2309.15659.
+    Source: algorithm.md section 1; FeDEQ, arXiv 2309.15659.
     """
 
     def __init__(self, spec: ModelSpec) -> None:

@@ -7,7 +7,7 @@ from fedeq_edge.consensus.constraint import project
 from fedeq_edge.deq.layout import Layout, Slot, head_layout, row_bounds, size, theta_layout
 from fedeq_edge.deq.spec import ModelSpec
 
-# Published: N(0, 0.01^2) with softplus (algorithm.md section 1). The compact ReLU block of the notes starts at 0.05.
+# Published: N(0, 0.01^2) with softplus (algorithm.md section 1). The compact ReLU block starts at 0.05.
 RESIDUAL_DEVIATION = {"softplus": 0.01, "relu": 0.05}
 # Half of the usual 1/sqrt(fan_in): most rows then start inside the l1 ball's reach, and projection only trims them.
 CONTRACTIVE_GAIN = 0.5

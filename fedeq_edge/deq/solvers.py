@@ -10,7 +10,7 @@ which samples take the new state as their answer, and where f is evaluated next.
 
 so a sample stops at its own residual whatever its batch mates do, and an ONNX Loop can count the same. Comparisons are
 written so that NaN means "not done", and selection is `torch.where`, never mask * value: 0 * inf is NaN (the defect of
-torchdeq's batch mixing, notes/equilibrium.md section 4).
+torchdeq 0.1.0's batch mixing).
 """
 
 from collections.abc import Callable
@@ -104,7 +104,7 @@ class Anderson:
     residual this many times the best refuses the mix (a guard of 2 cost thousands of evaluations on a benign problem).
 
     A refused or non-finite mix falls back to the best f(z) and forgets that sample's history; the best evaluation is
-    returned. Source: Walker & Ni, SIAM J. Numer. Anal. 49 (2011), algorithm AA; guards: notes/equilibrium.md, 4 and 7.
+    returned. Source: Walker & Ni, SIAM J. Numer. Anal. 49 (2011), algorithm AA; the guards are ours.
     """
 
     memory: int = 5

@@ -28,7 +28,7 @@ class Convolution:
     def padding(self) -> int:
         """Zeros on each side, so that a length divisible by the stride shrinks by just that factor.
 
-        (k - s + 1) // 2 gives the notes' stems: 5 taps, stride 2 -> 2; 3, 1 -> 1; 12, 4 -> 4 (128 samples -> 32).
+        (k - s + 1) // 2: 5 taps, stride 2 -> 2; 3, 1 -> 1; 12, 4 -> 4 (128 samples -> 32).
         """
         return max(0, (self.kernel - self.stride + 1) // 2)
 
@@ -52,7 +52,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     pool: cells of the grid, per spatial dimension, into which the state is averaged before the head (1: global mean).
     shift, scale: fixed input normalisation (x - shift) / scale, per channel or one value for all; empty: none.
 
-    Source: design/algorithm.md section 1 after FeDEQ, arXiv 2309.15659; compact forms of notes/learning-{har,mnist}.md.
+    Source: algorithm.md section 1 after FeDEQ, arXiv 2309.15659; the compact forms are ours.
     """
 
     input_shape: tuple[int, ...]
@@ -134,7 +134,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def published(input_shape: tuple[int, ...], classes: int, size: Literal["S", "M"]) -> ModelSpec:
     """The published vision block (S: 64/128 channels, M: 128/256) with a global mean in place of its flattened head.
 
-    Source: FeDEQ, arXiv 2309.15659; sizes in design/algorithm.md section 1. The mean shrinks the payload (ibid.).
+    Source: FeDEQ, arXiv 2309.15659; sizes in algorithm.md section 1. The mean shrinks the payload (ibid.).
     """
     channels = 64 if size == "S" else 128
     return ModelSpec(

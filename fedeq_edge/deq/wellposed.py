@@ -11,7 +11,7 @@ The l1 ball is convex: any convex combination of well-posed theta is well posed.
 combination once duals enter (H / R, algorithm.md section 4), so it is projected again after every server step.
 GroupNorm in the loop breaks the argument: the residual cell has no certificate.
 
-Source: design/algorithm.md section 1(a), *ours*; projection: Duchi et al., ICML 2008.
+Source: algorithm.md section 1(a), *ours*; projection: Duchi et al., ICML 2008.
 """
 
 from math import ceil, log

@@ -1,7 +1,7 @@
 """The flat parts of a model as ONNX nodes: stem, cell and head of `deq/cell.py` and `deq/model.py`, same formulas.
 
 Our layers are a closed set, so the graph is written directly (onnx.helper): milliseconds, no torch, no exporter that
-drops a small constant or writes file paths into the nodes (notes/onnx.md G1, G6). Opset 18 has no GroupNormalization;
+drops a small constant or writes file paths into the nodes. Opset 18 has no GroupNormalization;
 InstanceNormalization over reshaped groups is one kernel in onnxruntime, the later operator some twenty.
 """
 

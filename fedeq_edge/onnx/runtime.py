@@ -1,7 +1,7 @@
 """Run an exported model: onnxruntime and numpy, no torch, no onnx package.
 
 The one module that imports onnxruntime: version 1.29 and later report to their maker over the network, and write a
-device id to disk, unless ORT_DISABLE_TELEMETRY is set before the import (notes/devices.md section 0).
+device id to disk, unless ORT_DISABLE_TELEMETRY is set before the import.
 """
 
 import json
@@ -73,7 +73,7 @@ class Predictor:
             raise ConfigError(f"infer: budget {most} must be at least 1 and tol {accuracy} at least 0")
         feeds = {
             "x": self._batch(x),
-            # Scalars must be arrays: onnxruntime refuses numpy's scalar types (notes/onnx.md G7).
+            # Scalars must be arrays: onnxruntime refuses numpy's scalar types.
             "tol": np.array(accuracy, dtype=np.float32),
             "max_iter": np.array(most, dtype=np.int64),
         }

@@ -8,7 +8,7 @@ Theory of operation. The Loop's body is one iteration of `deq/solvers.py` with P
 
 so iteration counts equal torch's, and a sample's answer does not depend on its batch mates. Comparisons are written
 so that NaN means "not done": a spoilt sample runs to max_iter with its last finite state and an infinite residual
-where it never had one. Weights live in the body: onnxruntime packs only those (notes/onnx.md G5).
+where it never had one. Weights live in the body: onnxruntime packs only those.
 """
 
 import numpy as np
