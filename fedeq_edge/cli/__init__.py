@@ -69,5 +69,5 @@ def main() -> None:
         extra = _EXTRAS.get(error.name or "")
         if extra is None:
             raise
-        typer.echo(f"fedeq: this command needs {error.name}; pip install 'fedeq-edge[{extra}]'", err=True)
+        typer.echo(f"fedeq: {error.name} is not installed; run pip install 'fedeq-edge[{extra}]'", err=True)
         sys.exit(1)

@@ -93,7 +93,7 @@ class _Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._broker = "connecting"
+        self._broker = "connected"
 
     def says(self, text: str) -> None:
         """Print it."""
@@ -101,7 +101,7 @@ class _Lines:
 
     def status(self, status: Mapping[str, Any]) -> None:
         """Print how the aggregator's connection changes; the rest are states, and a log wants events."""
-        if status["broker"] != self._broker:
+        if status["broker"] not in (self._broker, "connecting"):
             self._broker = status["broker"]
             self.says(f"aggregator and broker: {self._broker}")
 
@@ -228,8 +228,8 @@ def _show(console: Console, summary: Mapping[str, Any]) -> None:
         highlight=False,
     )
     console.print(
-        f"{summary['rounds']} rounds in {summary['wall_s']:.0f} s; per client and round {_kilobytes(sent['up'])} up and "
-        f"{_kilobytes(sent['down'])} down (the whole model as float32: {_kilobytes(whole['up'])} each way)",
+        f"{summary['rounds']} rounds in {summary['wall_s']:.0f} s; per client and round {_kilobytes(sent['up'])} up "
+        f"and {_kilobytes(sent['down'])} down (the whole model as float32: {_kilobytes(whole['up'])} each way)",
         highlight=False,
     )
     console.print(f"report: {summary['out']}/report.html", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedeq_edge import modelfile
 from fedeq_edge.hardware.budget import budget_of, choose
@@ -65,9 +65,10 @@ def list_boards(as_json: Annotated[bool, typer.Option("--json", help="Print JSON
     if as_json:
         typer.echo(json.dumps([msgspec.to_builtins(profile) for profile in known.values()]))
         return
-    table = Table("id", "board", "architecture", "cores", "memory", "relative speed")
+    table = Table(Column("id", no_wrap=True), "board", "architecture", "cores", "memory", "speed")
+    table.caption = "speed: of one core, relative to x86-64; estimates until a device has been calibrated"
     for profile in known.values():
         memory = f"{profile.memory_bytes / 2**30:.3g} GiB"
-        speed = f"{profile.relative_speed:g} (estimate)" if profile.relative_speed != 1 else "1 (reference)"
+        speed = f"{profile.relative_speed:g}"
         table.add_row(profile.id, profile.name, profile.arch, str(profile.cores), memory, speed)
     Console(stderr=True).print(table)

@@ -52,6 +52,17 @@ class Traffic:
     down: int = 0
 
 
+def matches(topic_filter: str, topic: str) -> bool:
+    """Whether an MQTT topic filter with + and # covers a topic."""
+    wanted, given = topic_filter.split("/"), topic.split("/")
+    for position, part in enumerate(wanted):
+        if part == "#":
+            return True
+        if position >= len(given) or part not in ("+", given[position]):
+            return False
+    return len(wanted) == len(given)
+
+
 class Transport(Protocol):
     """A connection to a broker that comes back by itself."""
 

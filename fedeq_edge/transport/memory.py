@@ -8,18 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Traffic, Will
-
-
-def matches(topic_filter: str, topic: str) -> bool:
-    """Whether an MQTT topic filter with + and # covers a topic."""
-    wanted, given = topic_filter.split("/"), topic.split("/")
-    for position, part in enumerate(wanted):
-        if part == "#":
-            return True
-        if position >= len(given) or part not in ("+", given[position]):
-            return False
-    return len(wanted) == len(given)
+from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Traffic, Will, matches
 
 
 @dataclass(slots=True)

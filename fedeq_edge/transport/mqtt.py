@@ -34,9 +34,11 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from fedeq_edge.errors import ConfigError, TransportError
-from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Traffic, Will
+from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Traffic, Will, matches
 
 log = logging.getLogger(__name__)
+
+Version = Literal["3.1.1", "5"]
 
 WINDOW: Final = 8  # below mosquitto's Receive Maximum of 20 and every cloud broker's
 KEEPALIVE_S: Final = 60  # a 64 kB chunk needs 8 s at 8 kB/s; shorter keepalives cut slow links off
@@ -56,7 +58,7 @@ class Endpoint:
     """
 
     url: str
-    version: Literal["3.1.1", "5"] = "5"
+    version: Version = "5"
     ca: str | None = None
     certificate: str | None = None
     key: str | None = None
@@ -97,14 +99,17 @@ class Endpoint:
     def _parts(self) -> SplitResult:
         try:
             parts = urlsplit(self.url)
-            usable = parts.scheme in ("mqtt", "mqtts") and bool(parts.hostname) and parts.port != 0
+            if parts.scheme in ("mqtt", "mqtts") and parts.hostname and parts.port != 0:
+                return parts
         except ValueError:  # a port that is no number, half an IPv6 address
-            usable = False
-        if not usable:
-            # without what may be a password
-            shown = re.sub(r"//.*@", "//...@", self.url)
-            raise ConfigError(f"broker.url {shown!r} is no broker address; write mqtt://host:1883 or mqtts://host:8883")
-        return parts
+            pass
+        shown = without_secrets(self.url)
+        raise ConfigError(f"broker.url {shown!r} is no broker address; write mqtt://host:1883 or mqtts://host:8883")
+
+
+def without_secrets(text: str) -> str:
+    """`text` with ... for user and password in every URL, fit for messages, logs and reports."""
+    return re.sub(r"//[^\s/]*@", "//...@", text)
 
 
 def packet_bytes(topic: str, payload: bytes, version: str) -> int:
@@ -326,7 +331,9 @@ class MqttTransport:
             with self._changed:
                 self._down += packet_bytes(message.topic, payload, self._endpoint.version)
                 self._up += _PUBACK_BYTES
-            self._on_event(Arrived(message.topic, payload))
+            # amqtt 0.11 sends a newcomer every retained message that anybody has subscribed to
+            if any(matches(pattern, message.topic) for pattern in self._subscriptions):
+                self._on_event(Arrived(message.topic, payload))
 
         def on_disconnect(_c: paho.Client, _u: object, _f: object, code: ReasonCode, _p: object) -> None:
             self._end(session, f"closed the connection: {code}")

@@ -1,0 +1,96 @@
+"""Commands that answer: JSON on stdout for programs, nothing but it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from fedeq_edge import modelfile
+from fedeq_edge.deq.initial import initial
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.storage import AggregatorFolder, locked
+from fedeq_edge.training.step import Budget
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Fedeq
+
+SPEC = ModelSpec(input_shape=(6,), classes=2, channels=8)
+
+
+@pytest.fixture
+def personal(place: Path) -> Path:
+    """A device's model, as it began."""
+    theta, head = initial(SPEC, 0)
+    path = place / "personal.fedeq"
+    modelfile.write(
+        path, modelfile.ModelFile(spec=SPEC, theta=theta, head=head, budget=Budget(forward=6, adjoint=2), device="a")
+    )
+    return path
+
+
+def _json(fedeq: "Fedeq", *arguments: str | Path) -> Any:
+    told = fedeq(*arguments, "--json")
+    assert told.status == 0, told.err
+    return json.loads(told.out)
+
+
+def test_device_probe_knows_this_machine(fedeq: "Fedeq") -> None:
+    found = _json(fedeq, "device", "probe")
+    assert found["effective_cores"] > 0
+    assert found["effective_memory_bytes"] > 10**8
+    assert {"arch", "cpu_part", "profile"} <= set(found)
+    assert {"temperature_c", "throttled", "battery"} <= set(found["reading"])
+
+
+def test_device_probe_measures_a_model_and_gives_its_budget(fedeq: "Fedeq", personal: Path) -> None:
+    measured = _json(fedeq, "device", "probe", "--model", personal)["model"]
+    assert measured["calibration"]["slowdown"] == 1.0
+    assert measured["predicted_s"] > 0
+    assert measured["budget"]["forward"] >= 1
+    assert measured["budget"]["adjoint"] >= 0
+
+
+def test_device_list_has_the_boards_of_the_kit(fedeq: "Fedeq") -> None:
+    assert {"raspberry-pi-zero-2w", "raspberry-pi-4", "x86-64"} <= {
+        board["id"] for board in _json(fedeq, "device", "list")
+    }
+    assert "raspberry-pi-4" in fedeq("device", "list").err
+
+
+def test_data_inspect_counts_a_device_and_a_fleet(fedeq: "Fedeq", place: Path) -> None:
+    alone = _json(fedeq, "data", "inspect", "data.npz")
+    assert (alone["shape"], alone["classes"]) == ([6], 2)
+    assert alone["clients"]["data"]["train"] == 32
+    fleet = _json(fedeq, "data", "inspect", "fleet.npz", "--client", "client")
+    assert {name: client["test"] for name, client in fleet["clients"].items()} == {"0": 4, "1": 4}
+
+
+def test_aggregator_status_tells_whether_it_still_runs(fedeq: "Fedeq", place: Path) -> None:
+    with locked(place / "state") as folder:
+        told = {"run": "r", "status": "running", "round": 1, "rounds": 2, "online": [], "members": 0, "refusals": {}}
+        AggregatorFolder(folder).write_status({**told, "broker": "connected", "pid": 2**22 + 1})
+    found = _json(fedeq, "aggregator", "status")
+    assert (found["run"], found["running"]) == ("r", False)
+    assert "not running" in fedeq("aggregator", "status").err
+
+
+def test_a_model_is_exported_inspected_and_asked(fedeq: "Fedeq", place: Path, personal: Path) -> None:
+    told = _json(fedeq, "model", "export", personal, "--out", "model.onnx", "--budget", "5")
+    assert told["max_abs_diff"] <= 1e-4
+    assert told["bytes"] == (place / "model.onnx").stat().st_size
+    assert _json(fedeq, "model", "inspect", personal)["device"] == "a"
+    assert _json(fedeq, "model", "inspect", "model.onnx")["input_shape"] == [6]
+    answer = _json(fedeq, "model", "infer", "model.onnx", "data.npz", "--budget", "1")
+    assert answer["samples"] == 8
+    assert answer["iterations_mean"] == 1.0
+
+
+def test_data_of_another_shape_than_the_models_is_named(fedeq: "Fedeq", place: Path, personal: Path) -> None:
+    fedeq("model", "export", personal)
+    np.savez(place / "wide.npz", x=np.zeros((10, 7), np.float32), y=np.arange(10) % 2)
+    told = fedeq("model", "infer", "model.onnx", "wide.npz")
+    assert told.status in (1, 2)
+    assert told.err.startswith("fedeq: ")
+    assert told.err.count("\n") == 1
