@@ -12,7 +12,8 @@ from rich.table import Column, Table
 from fedeq_edge import modelfile
 from fedeq_edge.hardware.budget import budget_of, choose
 from fedeq_edge.hardware.probe import probe as probe_machine
-from fedeq_edge.hardware.profiles import profiles, recognise
+from fedeq_edge.hardware.probe import recognise
+from fedeq_edge.hardware.profiles import profiles
 from fedeq_edge.storage import finite
 from fedeq_edge.training.step import Plan
 

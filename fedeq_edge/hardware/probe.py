@@ -8,6 +8,7 @@ import msgspec
 import psutil
 
 from fedeq_edge.hardware.cgroup import limits
+from fedeq_edge.hardware.profiles import Profile, profiles
 from fedeq_edge.hardware.reading import Reading, number, read, text_of
 
 # (implementer, part) of /proc/cpuinfo to core, as in the kernel's arch/arm64/include/asm/cputype.h.
@@ -93,6 +94,16 @@ def probe(root: Path = Path("/")) -> Probe:
         effective_memory_bytes=min(total, bound.memory_bytes or total),
         reading=read(root),
     )
+
+
+def recognise(probe: Probe, where: Path | None = None) -> Profile | None:
+    """The profile whose device-tree model and architecture fit, longest model first; None for an unknown board."""
+    known = [
+        profile
+        for profile in profiles(where).values()
+        if profile.arch == probe.arch and (probe.model or "").startswith(profile.model)
+    ]
+    return max(known, key=lambda profile: len(profile.model), default=None)
 
 
 def _processors(root: Path) -> list[dict[str, str]]:

@@ -1,4 +1,7 @@
-"""Board profiles: what is known of a board before it has been measured; one folder per board in `devices/`."""
+"""Board profiles: what is known of a board before it has been measured; one folder per board in `devices/`.
+
+An idle agent reads its board's, so nothing here imports psutil, which the probe needs.
+"""
 
 import difflib
 from pathlib import Path
@@ -6,7 +9,6 @@ from pathlib import Path
 import msgspec
 
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.hardware.probe import Probe
 from fedeq_edge.kit import folder
 
 
@@ -58,16 +60,6 @@ def load_profile(board: str, where: Path | None = None) -> Profile:
     nearest = difflib.get_close_matches(board, known, n=1, cutoff=0.0)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise ConfigError(f"board {board!r} has no profile in {base} (known: {', '.join(known) or 'none'}){hint}")
-
-
-def recognise(probe: Probe, where: Path | None = None) -> Profile | None:
-    """The profile whose device-tree model and architecture fit, longest model first; None for an unknown board."""
-    known = [
-        profile
-        for profile in profiles(where).values()
-        if profile.arch == probe.arch and (probe.model or "").startswith(profile.model)
-    ]
-    return max(known, key=lambda profile: len(profile.model), default=None)
 
 
 def _load(path: Path) -> Profile:

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.hardware.probe import probe
-from fedeq_edge.hardware.profiles import load_profile, profiles, recognise
+from fedeq_edge.hardware.probe import probe, recognise
+from fedeq_edge.hardware.profiles import load_profile, profiles
 from fedeq_edge.kit import folder
 from fedeq_edge.settings import AgentSettings, load
 
