@@ -1,15 +1,16 @@
 """Settings: a TOML file, then environment variables, then command-line options; later wins, and the merge ends here.
 
 An environment variable is FEDEQ_ and the key's path in capitals, tables joined by two underscores:
-FEDEQ_BROKER__URL=mqtt://gateway sets [broker] url. Its value is read as TOML, or else as text. An unknown key is
-refused with the nearest known one, because a misspelt setting that is silently ignored is worse than none.
+FEDEQ_BROKER__URL=mqtt://gateway sets [broker] url. Its value is read as TOML where that fits the key, or else as text.
+An unknown key is refused with the nearest known one, because a misspelt setting that is silently ignored is worse than
+none.
 Paths in a file are relative to that file.
 """
 
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -141,22 +142,37 @@ def _environment(environment: Mapping[str, str], kind: type[msgspec.Struct]) -> 
     """Nested settings out of FEDEQ_ variables whose first part is a key of `kind`; other programs' are left alone."""
     known = {field.encode_name for field in msgspec.structs.fields(kind)}
     found: dict[str, Any] = {}
-    for name, text in environment.items():
+    for name, text in sorted(environment.items()):  # a table as a whole comes before its keys
         keys = name.removeprefix(PREFIX).lower().split("__")
         if not name.startswith(PREFIX) or keys[0] not in known:
             continue
         table = found
         for key in keys[:-1]:
             table = table.setdefault(key, {})
-        table[keys[-1]] = _value(text)
+            if not isinstance(table, dict):
+                raise ConfigError(
+                    f"environment variable {name} sets a key of {key!r}, which another one sets as a whole"
+                )
+        table[keys[-1]] = _value(text, _type_of(kind, keys))
     return found
 
 
-def _value(text: str) -> Any:
+def _value(text: str, wanted: Any) -> Any:
+    """The text as TOML, if that makes a `wanted`: 5 is a number, and as the version of MQTT it is a text."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"value = {text}")["value"]
+        msgspec.convert(value, wanted)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, ConfigError):
         return text
+    return value
+
+
+def _type_of(kind: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+            return Any
+        kind = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}.get(key, Any)
+    return kind
 
 
 def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -185,7 +201,5 @@ def _unknown(key: str, known: Mapping[str, Any] | set[str]) -> str:
 def _convert(table: Mapping[str, Any], kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(table, kind)
-    except msgspec.ValidationError as error:
-        # msgspec wraps what a struct's own checks raise; their message is the better one
-        cause = error.__cause__
-        raise ConfigError(f"{where}: {cause if isinstance(cause, ConfigError) else error}") from error
+    except (msgspec.ValidationError, ConfigError) as error:
+        raise ConfigError(f"{where}: {error}") from error

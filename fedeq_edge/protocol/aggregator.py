@@ -8,14 +8,17 @@ Theory of operation
 -------------------
 Rule 1: a contribution is folded into the consensus once, by (device, round), and `Store`d before its verdict is sent;
 a repeated one gets the same verdict again.
-Rule 2: `Snapshot` is taken when a round opens, after joins and before tasks. Snapshot plus the contributions stored
-since, in order of storing, is the whole state: `replay` brings a killed aggregator back to where it was.
+Rule 2: `Snapshot` is taken whenever anything but a contribution has changed the sums or the cohort: when a round opens
+(after joins, before tasks), is extended, or a member joins anew, retires or changes its weight. Snapshot plus the
+contributions stored since, in order of storing, is the whole state: `replay` brings a killed aggregator back to where
+it was.
 Rule 3: what a device says is checked before it is used; a refusal has a code, is counted, named and answered, and the
 round goes on. The device is the one in the topic.
-Rule 4: a device's dual is known here by digest. A device that comes back with another one has lost its state and joins
-anew with nu = 0 (algorithm.md section 4); its next task tells it so.
+Rule 4: a task names the dual that counts here. A device that holds another one says so before it trains, has lost its
+state, and joins anew with nu = 0 (algorithm.md section 4); its next task tells it so.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -23,21 +26,26 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import msgspec
+import numpy as np
 
 from fedeq_edge.consensus import quality
 from fedeq_edge.consensus.admm import Consensus, DualStore, RoundReport
 from fedeq_edge.consensus.methods import Method
-from fedeq_edge.errors import ContributionError, RemoteWireError, WireError
+from fedeq_edge.errors import ContributionError, RemoteWireError, StateError, WireError
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
 from fedeq_edge.protocol.schedule import Progress, Schedule
-from fedeq_edge.protocol.state import AggregatorState, MemberState, vector_digest
+from fedeq_edge.protocol.state import AggregatorState, MemberState, dual_digest, vector_digest
 from fedeq_edge.training.step import Vector
 from fedeq_edge.wire import chunks, coding, messages
 from fedeq_edge.wire.frame import FRAME_BYTES, HEADER_LIMIT_BYTES
 from fedeq_edge.wire.topics import Topics
 
 Subject = Literal["contribution", "report"]
-RETRY_S: Final = 10.0  # a transfer without an acknowledgement for so long is begun again
+RETRY_S: Final = 10.0  # a task or transfer that nobody has reacted to for so long is sent again
+GATHER_S: Final = 5.0  # after a connection births come in within a second, one after the other
+UPLOAD_IDLE_S: Final = 60.0  # six retries of the device: an upload that has not moved since is forgotten
+LARGEST_STEP: Final = 1e6  # of one parameter: a training that diverged, and its sums would not fit float32
+LARGEST_RESIDUAL: Final = 1e6  # relative, 1 is already no solve at all: its square must stay a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,15 +69,19 @@ class _Download:
 
 
 @dataclass(slots=True)
+class _Upload:
+    incoming: chunks.Incoming
+    progress_at: float
+
+
+@dataclass(slots=True)
 class _Round:
-    """The open round."""
+    """The open round, beside what `AggregatorState` keeps of it."""
 
     cohort: list[str]
     deadline_at: float
     opened_at: float
-    contributed: list[str] = field(default_factory=list)
     declined: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, messages.Metrics] = field(default_factory=dict)
     extensions: int = 0
 
 
@@ -91,7 +103,9 @@ class Aggregator:
     _model_blob: bytes = b""  # that consensus as a whole, made when first asked for
     _step_blob: bytes = b""  # the consensus as a difference to the one before it
     _step_base: bytes = b""
-    _uploads: dict[str, chunks.Incoming] = field(default_factory=dict)
+    _connected_at: float = 0.0
+    _asked: dict[str, float] = field(default_factory=dict)  # when a task went out that no device has reacted to
+    _uploads: dict[str, _Upload] = field(default_factory=dict)
     _downloads: dict[str, _Download] = field(default_factory=dict)
     _actions: list[AggregatorAction] = field(default_factory=list)
 
@@ -101,8 +115,17 @@ class Aggregator:
     # Coming back after a crash
 
     def replay(self, device: str, blob: bytes) -> None:
-        """Fold in a contribution that was stored after the snapshot; without actions."""
-        self._take(device, blob)
+        """Fold in a contribution that was stored after the snapshot; without actions.
+
+        One that the snapshot holds already is left out. Raises StateError where the two do not fit.
+        """
+        refused = self.refusals.total()
+        try:
+            self._take(device, blob)
+        except RemoteWireError as error:
+            raise StateError(f"journal: stored contribution of device {device} is damaged ({error})") from error
+        if self.refusals.total() != refused:
+            raise StateError(f"journal: stored contribution of device {device} does not fit the snapshot beside it")
         self._actions.clear()
 
     def resume(self, now: float) -> list[AggregatorAction]:
@@ -117,12 +140,13 @@ class Aggregator:
 
     def connected(self, now: float) -> list[AggregatorAction]:
         """Say who we are and what we train; the retained births of the devices come in by themselves."""
+        self._connected_at = now
         birth = messages.encode(messages.AggregatorState(boot=self.boot))
         self._actions.append(Publish(topic=self.federation.topics.aggregator, payload=birth, retain=True))
         self._publish_manifest()
         self._downloads.clear()
         for device in self._online:
-            self._send_task(device)
+            self._send_task(device, now)
         self._check(now)
         return self._flush()
 
@@ -135,7 +159,6 @@ class Aggregator:
         try:
             self._dispatch(device, branch, messages.decode(payload), now)
         except WireError as error:
-            self._uploads.pop(device, None)
             self._refuse("malformed", device, str(error))
         self._check(now)
         return self._flush()
@@ -147,16 +170,23 @@ class Aggregator:
                 download.outgoing.restart()
                 download.progress_at = now
                 self._send_chunks(device, download.outgoing)
+        for device in [device for device, asked_at in self._asked.items() if now - asked_at >= RETRY_S]:
+            self._send_task(device, now)
+        for device in [name for name, upload in self._uploads.items() if now - upload.progress_at >= UPLOAD_IDLE_S]:
+            del self._uploads[device]
         self._check(now)
         return self._flush()
 
     def retire(self, device: str, now: float) -> list[AggregatorAction]:
         """The operator says that this device never comes back: its share leaves the sums."""
         self.consensus.retire(device)
-        self.state.members.pop(device, None)
-        self._online.pop(device, None)
+        del self.state.members[device]
+        self._leave(device)
+        self._forget_tasks(device)
         if self._open is not None and device in self._open.cohort:
             self._open.cohort.remove(device)
+            self.state.cohort = tuple(self._open.cohort)
+        self._snapshot()
         self._note("retired", device=device)
         self._check(now)
         return self._flush()
@@ -178,7 +208,7 @@ class Aggregator:
             "online": sorted(self._online),
             "members": len(self.consensus.members),
             "cohort": list(opened.cohort) if opened else [],
-            "contributed": list(opened.contributed) if opened else [],
+            "contributed": list(self.state.contributed) if opened else [],
             "declined": dict(opened.declined) if opened else {},
             "extensions": opened.extensions if opened else 0,
             "refusals": dict(self.refusals),
@@ -190,51 +220,82 @@ class Aggregator:
     def _dispatch(self, device: str, branch: str, received: messages.Received, now: float) -> None:
         message = received.message
         if branch == "state":
-            self._on_state(device, message)
+            self._on_state(device, message, now)
         elif isinstance(message, messages.Fetch):
             self._on_fetch(device, message, now)
         elif isinstance(message, messages.Chunk):
-            self._on_chunk(device, message, received.body)
+            self._on_chunk(device, message, received.body, now)
         elif isinstance(message, messages.ChunkAck):
             self._on_ack(device, message, now)
         elif isinstance(message, messages.Report):
             self._on_report(device, message)
         elif isinstance(message, messages.Decline):
             self._on_decline(device, message)
+        elif isinstance(message, messages.Differs):
+            self._on_differs(device, message, now)
+        else:
+            raise RemoteWireError(f"a device does not send a {type(message).__name__.lower()} message")
 
-    def _on_state(self, device: str, message: messages.Message) -> None:
+    def _on_state(self, device: str, message: messages.Message, now: float) -> None:
         if isinstance(message, messages.Offline):
             known = self._online.get(device)
             if known is not None and known.boot == message.boot:
-                del self._online[device]
-                self._downloads.pop(device, None)
+                self._leave(device)
                 self._note("device left", device=device)
         elif isinstance(message, messages.Birth):
-            self._on_birth(device, message)
+            self._on_birth(device, message, now)
+        else:
+            raise RemoteWireError(f"a {type(message).__name__.lower()} message says nothing of a device's state")
 
-    def _on_birth(self, device: str, birth: messages.Birth) -> None:
+    def _leave(self, device: str) -> None:
+        for table in (self._online, self._downloads, self._uploads, self._asked):
+            table.pop(device, None)
+
+    def _on_birth(self, device: str, birth: messages.Birth, now: float) -> None:
+        limit = self.federation.schedule.samples_limit
         if self.federation.codec not in birth.codecs:
+            self._leave(device)
             self._refuse("codec", device, f"it does not speak {self.federation.codec}; update its agent")
+            return
+        if birth.samples > limit:
+            self._leave(device)
+            self._refuse(
+                "samples", device, f"it claims {birth.samples} samples; raise schedule.samples_limit ({limit})"
+            )
             return
         if device not in self._online:
             self._note("device is here", device=device, samples=birth.samples, profile=birth.profile)
         self._online[device] = birth
-        if device in self.consensus.members and not self._same_duals(device, birth):
-            self._note("device lost its state and joins anew", device=device)
-            self._join(device, birth)
-        self._send_task(device)
+        member = self.consensus.members.get(device)
+        if member is not None and member.samples != birth.samples:
+            self.consensus.set_samples(device, birth.samples)
+            self._snapshot()
+        self._send_task(device, now)
 
-    def _same_duals(self, device: str, birth: messages.Birth) -> bool:
-        """Whether the device holds the dual that we hold, or the one before a verdict that it has not heard."""
-        member = self.state.members[device]
-        if birth.run != self.state.run:
-            return not member.duals
-        expected = member.duals_before if birth.pending_round == member.accepted_round >= 0 else member.duals
-        return birth.duals == expected
+    def _on_differs(self, device: str, differs: messages.Differs, now: float) -> None:
+        """A device holds another dual than its task named: it joins anew, unless the task was an old one."""
+        member, birth = self.state.members.get(device), self._online.get(device)
+        if differs.run != self.state.run or member is None or birth is None:
+            return
+        if differs.after > self.state.round:
+            self._asked.pop(device, None)
+            self._refuse(
+                "rollback",
+                device,
+                f"it has contributed to round {differs.after}, this aggregator has come to {self.state.round}; "
+                "was an old backup restored? begin anew in another state folder",
+            )
+            return
+        if differs.expected == member.duals:
+            self._note("device lost its state and joins anew", device=device)
+            self._join(device, birth, counted_until=max(member.accepted_round, differs.after))
+            self._snapshot()
+        self._send_task(device, now)
 
     def _on_fetch(self, device: str, fetch: messages.Fetch, now: float) -> None:
         if fetch.run != self.state.run or fetch.model != self._base:
             return  # it answers an older task; the newer one is on its way
+        self._asked.pop(device, None)
         blob = self._step_blob if self._step_blob and fetch.base == self._step_base else self._whole()
         self._downloads[device] = _Download(chunks.Outgoing(blob), now)
         self._send_chunks(device, self._downloads[device].outgoing)
@@ -249,34 +310,40 @@ class Aggregator:
         if download.outgoing.done:
             del self._downloads[device]
 
-    def _on_chunk(self, device: str, chunk: messages.Chunk, body: memoryview) -> None:
+    def _on_chunk(self, device: str, chunk: messages.Chunk, body: memoryview, now: float) -> None:
         if chunk.size > self._upload_limit():
             raise RemoteWireError(f"upload of {chunk.size} bytes, a contribution has at most {self._upload_limit()}")
-        upload = self._uploads.get(device)
-        if upload is None or upload.name != chunk.transfer or upload.size != chunk.size:
-            upload = self._uploads[device] = chunks.Incoming(chunk.transfer, chunk.size)
-        upload.add(chunk.index, bytes(body))
-        self._send(device, messages.ChunkAck(transfer=chunk.transfer, bitmap=upload.bitmap))
-        if upload.complete:
+        known = self._uploads.get(device)
+        if known is not None and (known.incoming.name, known.incoming.size) == (chunk.transfer, chunk.size):
+            incoming = known.incoming
+        else:
+            incoming = chunks.Incoming(chunk.transfer, chunk.size)
+        incoming.add(chunk.index, bytes(body))
+        self._uploads[device] = _Upload(incoming, now)
+        self._send(device, messages.ChunkAck(transfer=chunk.transfer, bitmap=incoming.bitmap))
+        if incoming.complete:
             del self._uploads[device]
-            self._take(device, upload.blob())
+            self._take(device, incoming.blob())
 
     def _upload_limit(self) -> int:
         length = self.consensus.z_hat.size
         return FRAME_BYTES + HEADER_LIMIT_BYTES + coding.coded_bytes(self.federation.codec, length)
 
     def _on_report(self, device: str, report: messages.Report) -> None:
-        if report.run != self.state.run:
+        if report.run != self.state.run or self.state.status not in ("finishing", "finished"):
             return
-        self.reports[device] = report
-        line = {"kind": "report", "device": device, **msgspec.to_builtins(report)}
-        self._actions.append(Record(line=line))
+        self._asked.pop(device, None)
+        if device not in self.reports:
+            self.reports[device] = report
+            line = {"kind": "report", "device": device, **msgspec.to_builtins(report)}
+            self._actions.append(Record(line=line))
         self._send_verdict(device, "report", report.round)
 
     def _on_decline(self, device: str, decline: messages.Decline) -> None:
         self._note("device declines", device=device, round=decline.round, reason=decline.reason)
         current = decline.run == self.state.run and decline.round == self.state.round
         if current and self._open is not None and device in self._open.cohort:
+            self._asked.pop(device, None)
             self._open.declined[device] = decline.reason
 
     # Contributions
@@ -305,14 +372,16 @@ class Aggregator:
             difference = coding.decode(message.codec, body, message.length)
         except RemoteWireError as error:
             raise ContributionError("size_or_nan", f"device {device}: {error}") from error
+        _check_step(device, difference)
         self.consensus.accept(device, difference, kappa)
         member = self.state.members[device]
-        member.accepted_round, member.duals_before = message.round, member.duals
-        member.duals = vector_digest(self.duals.get(device)) if self._keeps_duals() else b""
+        member.accepted_round = message.round
+        if self._keeps_duals():
+            member.duals = dual_digest(self.duals.get(device))
+        self._asked.pop(device, None)
         self._actions.append(Store(device=device, round=message.round, blob=blob))
-        if self._open is not None:
-            self._open.contributed.append(device)
-            self._open.metrics[device] = message.metrics
+        current = self._open is not None and message.round == self.state.round
+        (self.state.contributed if current else self.state.late)[device] = message.metrics
 
     def _check_claims(self, device: str, message: messages.Contribution) -> float:
         """kappa of the task that this contribution answers. Raises ContributionError naming what is wrong."""
@@ -356,15 +425,28 @@ class Aggregator:
             self._close_if_due(self._open, now)
 
     def _open_if_possible(self, now: float) -> None:
-        waits_for = self.federation.schedule.min_devices if self.state.status == "waiting" else 1
-        if len(self._online) >= waits_for:
+        if not self._enough_are_here(now):
+            return
+        self._join_newcomers()
+        if self.state.round >= self.federation.rounds:  # a method without exchange has no rounds
+            self._finish(now)
+        else:
             self._open_round(now)
+
+    def _enough_are_here(self, now: float) -> bool:
+        """Whether a round may open; one that follows a restart is not for the first device alone that is heard."""
+        if self.state.status == "waiting":
+            return len(self._online) >= self.federation.schedule.min_devices
+        complete = self._online.keys() >= self.consensus.members.keys()
+        return bool(self._online) and (complete or now - self._connected_at >= GATHER_S)
+
+    def _join_newcomers(self) -> None:
+        for device, birth in self._online.items():
+            if device not in self.consensus.members:
+                self._join(device, birth, counted_until=-1)
 
     def _open_round(self, now: float) -> None:
         state = self.state
-        for device, birth in self._online.items():
-            if device not in self.consensus.members:
-                self._join(device, birth)
         cohort = self.federation.schedule.cohort(sorted(self._online), state.round + 1)
         state.status, state.round, state.cohort = "running", state.round + 1, cohort
         self.consensus.open_round(cohort)
@@ -375,7 +457,7 @@ class Aggregator:
         self._snapshot()
         self._publish_manifest()
         for device in cohort:
-            self._send_task(device)
+            self._send_task(device, now)
 
     def _forget_old_rounds(self) -> None:
         oldest = self.state.round - self.federation.schedule.late_rounds
@@ -386,7 +468,7 @@ class Aggregator:
     def _close_if_due(self, opened: _Round, now: float) -> None:
         progress = Progress(
             cohort=opened.cohort,
-            contributed=opened.contributed,
+            contributed=self.state.contributed,
             declined=opened.declined,
             deadline_passed=now >= opened.deadline_at,
         )
@@ -400,23 +482,25 @@ class Aggregator:
         opened.extensions += 1
         opened.deadline_at = now + self.federation.schedule.deadline_s
         opened.declined.clear()
-        newcomers = [device for device in self._online if device not in opened.cohort]
-        for device in newcomers:
-            if device not in self.consensus.members:
-                self._join(device, self._online[device])
+        self._join_newcomers()
+        for device in [device for device in self._online if device not in opened.cohort]:
             opened.cohort.append(device)
             self.state.issued[self.state.round][device] = self.consensus.penalty(device)
         self.state.cohort = tuple(opened.cohort)
         self._snapshot()
-        self._note("round lacks its quorum and goes on", round=self.state.round, contributed=len(opened.contributed))
-        for device in opened.cohort:
-            self._send_task(device)
+        self._note(
+            "round lacks its quorum and goes on", round=self.state.round, contributed=len(self.state.contributed)
+        )
+        self._publish_manifest()  # a device that has missed it cannot work
+        for device in self._online:
+            self._send_task(device, now)
 
     def _close_round(self, opened: _Round, now: float) -> None:
         report = self.consensus.close_round(self._transmit)
-        self._move_quality(opened)
+        self._move_quality()
         self._record_round(opened, report, now)
-        self._open = None
+        self._open, self.state.cohort = None, ()
+        self.state.contributed, self.state.late = {}, {}
         self._base, self._model_blob = vector_digest(self.consensus.z_hat), b""
         if self.state.round >= self.federation.rounds:
             self._finish(now)
@@ -451,19 +535,23 @@ class Aggregator:
             self._model_blob = self._model(z_hat, coding.encode("f32", z_hat), "f32", b"")
         return self._model_blob
 
-    def _move_quality(self, opened: _Round) -> None:
+    def _arrived(self) -> dict[str, messages.Metrics]:
+        """What each device said last with a contribution since the last close."""
+        return {**self.state.late, **self.state.contributed}
+
+    def _move_quality(self) -> None:
         method = self.federation.method
         if not method.quality_moves(self.state.round, self.federation.rounds):
             return
         scores = {
             device: quality.score(
                 method.quality,
-                residual=metrics.residual,
-                backward_residual=metrics.backward_residual,
+                residual=_bounded(metrics.residual),
+                backward_residual=_bounded(metrics.backward_residual),
                 forward=metrics.forward,
                 r0=method.r0,
             )
-            for device, metrics in opened.metrics.items()
+            for device, metrics in self._arrived().items()
             if device in self.consensus.members
         }
         self.consensus.set_quality(scores)
@@ -473,8 +561,8 @@ class Aggregator:
             "kind": "round",
             "round": self.state.round,
             "cohort": len(opened.cohort),
-            "contributed": sorted(opened.contributed),
-            "late": sorted(report.late),
+            "contributed": sorted(self._arrived()),
+            "late": sorted(self.state.late),
             "declined": opened.declined,
             "extensions": opened.extensions,
             "seconds": now - opened.opened_at,
@@ -482,19 +570,19 @@ class Aggregator:
             "dual_residual": report.dual_residual,
             "step": report.step,
             "correction": report.correction,
-            "devices": {device: msgspec.to_builtins(metrics) for device, metrics in opened.metrics.items()},
+            "devices": {device: msgspec.to_builtins(metrics) for device, metrics in self._arrived().items()},
         }
         self._actions.append(Record(line=line))
 
     # The end
 
     def _finish(self, now: float) -> None:
-        self.state.status, self.state.cohort = "finishing", ()
+        self.state.status = "finishing"
         self._final_at = now + self.federation.schedule.final_s
         self._snapshot()
         self._publish_manifest()
         for device in self._online:
-            self._send_task(device)
+            self._send_task(device, now)
 
     def _check_reports(self, now: float) -> None:
         if self._final_at is None:  # we came back after a crash
@@ -509,14 +597,19 @@ class Aggregator:
 
     # Sending
 
-    def _send_task(self, device: str) -> None:
+    def _owes(self, device: str) -> bool:
+        """Whether this device has something to do now."""
+        if self.state.status == "finishing":
+            return device not in self.reports and device in self.consensus.members
+        return self._open is not None and device in self._open.cohort and device not in self.state.contributed
+
+    def _send_task(self, device: str, now: float) -> None:
         """What this device is to do now, if anything."""
-        final = self.state.status == "finishing"
-        if final and (device in self.reports or device not in self.consensus.members):
+        self._asked.pop(device, None)
+        if device not in self._online or not self._owes(device):
             return
-        asked = self._open is not None and device in self._open.cohort and device not in self._open.contributed
-        if not (final or asked):
-            return
+        self._asked[device] = now
+        final, member = self.state.status == "finishing", self.state.members[device]
         issued = self.state.issued.get(self.state.round, {})
         task = messages.Task(
             run=self.state.run,
@@ -524,7 +617,8 @@ class Aggregator:
             model=self._base,
             kappa=issued.get(device, self.federation.method.rho),
             deadline_s=self.federation.schedule.final_s if final else self.federation.schedule.deadline_s,
-            duals=self.state.members[device].duals,
+            after=member.accepted_round,
+            duals=member.duals if self._keeps_duals() else None,
             final=final,
         )
         self._send(device, task)
@@ -566,9 +660,17 @@ class Aggregator:
 
     # Bookkeeping
 
-    def _join(self, device: str, birth: messages.Birth) -> None:
+    def _join(self, device: str, birth: messages.Birth, *, counted_until: int) -> None:
+        """The device is a member with nu = 0. What it computed before with another dual cannot count any more."""
         self.consensus.join(device, birth.samples)
-        self.state.members[device] = MemberState()
+        self.state.members[device] = MemberState(accepted_round=counted_until)
+        self._forget_tasks(device)
+        if self._open is not None and device in self._open.cohort:
+            self.state.issued[self.state.round][device] = self.consensus.penalty(device)
+
+    def _forget_tasks(self, device: str) -> None:
+        for issued in self.state.issued.values():
+            issued.pop(device, None)
 
     def _keeps_duals(self) -> bool:
         return self.federation.method.server == "fresh"
@@ -588,3 +690,15 @@ class Aggregator:
 def new_state(run: str) -> AggregatorState:
     """A federation before its first round."""
     return AggregatorState(run=run, status="waiting", round=0, cohort=(), members={}, issued={}, bases={})
+
+
+def _check_step(device: str, difference: Vector) -> None:
+    largest = float(np.abs(difference).max())
+    if largest > LARGEST_STEP:
+        raise ContributionError(
+            "too_large", f"device {device}: a parameter moved by {largest:.3g}, at most {LARGEST_STEP:.0g} is taken"
+        )
+
+
+def _bounded(residual: float) -> float:
+    return residual if math.isnan(residual) else min(abs(residual), LARGEST_RESIDUAL)

@@ -8,9 +8,11 @@ Rule 2: the dual moves when the aggregator has accepted, never before (`_settle`
 the state on disk and is sent again after every reconnect; the aggregator knows a repeated one by (device, round).
 Rule 3: nothing is remembered of a connection. After `connected` the machine says again who it is and what it owes.
 Rule 4: what a code leaves out stays in the problem: the dual moves by the *decoded* difference, as on the server.
+Rule 5: no training with a dual that the aggregator does not hold: its task names the one that counts (`_agrees`).
 """
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,7 +23,7 @@ import numpy as np
 from fedeq_edge.consensus.admm import advance_dual
 from fedeq_edge.errors import LocalWireError, RemoteWireError, WireError
 from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Note, Personalise, Publish, Save, Train
-from fedeq_edge.protocol.state import ClientState, Pending, vector_digest
+from fedeq_edge.protocol.state import ClientState, Pending, dual_digest, vector_digest
 from fedeq_edge.training.step import LocalResult, LocalTask, Personal
 from fedeq_edge.wire import chunks, coding, messages
 from fedeq_edge.wire.topics import Topics
@@ -159,13 +161,16 @@ class Client:
         """Another federation than the one we remember: start it with nothing."""
         if self.state.run:
             self._note("joins another federation", run=run, instead_of=self.state.run)
-        self._task, self._outgoing, self._report = None, None, None
+        self._outgoing = self._report = None
+        if self._task is not None and self._task.run != run:
+            self._task = None
         self._stop_fetching()
         self.state = ClientState(run=run)
         self._actions.append(Save(state=self.state))
-        self._publish_birth()
 
     def _on_task(self, task: messages.Task, now: float) -> None:
+        if not (0.0 < task.kappa < math.inf and 0.0 < task.deadline_s < math.inf):
+            raise RemoteWireError(f"task has penalty {task.kappa} and deadline {task.deadline_s} s: both are above 0")
         if self._task is None or task.run != self._task.run or task.round >= self._task.round:
             self._task = task
         self._advance(now)
@@ -175,7 +180,7 @@ class Client:
             return
         if chunk.size > MODEL_LIMIT_BYTES:
             raise RemoteWireError(f"consensus of {chunk.size} bytes is over the limit of {MODEL_LIMIT_BYTES}")
-        if self._incoming is None or self._incoming.name != chunk.transfer:
+        if self._incoming is None or self._incoming.name != chunk.transfer or self._incoming.size != chunk.size:
             self._incoming = chunks.Incoming(chunk.transfer, chunk.size)
         self._incoming.add(chunk.index, bytes(body))
         self._progress_at = now
@@ -193,9 +198,10 @@ class Client:
             return
         z = coding.decode(model.codec, received.body, model.length)
         if model.base:
-            if model.base != vector_digest(self.state.z):
+            if model.base != vector_digest(self.state.z) or z.size != self.state.z.size:
                 raise RemoteWireError("consensus is coded against a base that we do not hold")
-            z = self.state.z + z
+            with np.errstate(over="ignore"):  # an overflow shows in the digest
+                z = self.state.z + z
         if vector_digest(z) != model.model:
             raise RemoteWireError("decoded consensus has another digest than the task names")
         self._stop_fetching()
@@ -225,6 +231,8 @@ class Client:
         if not verdict.accepted:
             self._note("contribution refused", round=pending.round, code=verdict.code, reason=verdict.reason)
             self._keep(pending=None)
+            if self._task is not None and self._task.round == pending.round:
+                self._decline(self._task, verdict.reason)  # the same work would be refused again
             return
         difference = coding.decode(pending.codec, pending.body, self.state.nu.size)
         nu = advance_dual(self.state.nu, pending.kappa, difference)
@@ -234,21 +242,37 @@ class Client:
 
     def _advance(self, now: float) -> None:
         """Do the next thing that the newest task asks for."""
-        task, manifest = self._task, self._manifest
-        if task is None or manifest is None or task.run != self.state.run:
+        if self._manifest is None or self._manifest.run != self.state.run:
             return
         if self.state.pending is not None:
             if self._outgoing is None:
                 self._send_pending(now)
             return
-        if self._working is not None or self._report is not None:
+        task = self._task
+        if task is None or task.run != self.state.run or self._working is not None or self._report is not None:
             return
-        if not task.final and task.round <= self.state.accepted_round:
+        if not task.final and (task.round <= self.state.accepted_round or not self._agrees(task)):
             self._task = None
         elif vector_digest(self.state.z) != task.model:
             self._fetch(task, now)
         else:
             self._work(task)
+
+    def _agrees(self, task: messages.Task) -> bool:
+        """Whether our dual is the one that the task counts with, if need be by starting at zero again.
+
+        A task without a dual that was written before our last contribution was counted is an old one: it does not mean
+        that the aggregator has forgotten us.
+        """
+        if task.duals is None or task.duals == dual_digest(self.state.nu):
+            return True
+        if task.duals or task.after < self.state.accepted_round:
+            after = self.state.accepted_round
+            self._send(messages.Differs(run=task.run, round=task.round, expected=task.duals, after=after))
+            return False
+        self._note("the aggregator counts us as new: the dual starts at zero again", round=task.round)
+        self._keep(nu=np.zeros_like(self.state.nu))
+        return True
 
     def _fetch(self, task: messages.Task, now: float) -> None:
         if self._fetching != task.model:
@@ -265,11 +289,8 @@ class Client:
         if task.final:
             self._actions.append(Personalise(round=task.round, z=self.state.z, head=self.state.head))
             return
-        if not task.duals and self.state.nu.any():
-            self._note("the aggregator counts us as new: the dual starts at zero again", round=task.round)
-            self._keep(nu=np.zeros_like(self.state.nu))
         local = LocalTask(
-            round=task.round,
+            round=task.round - 1,
             z=self.state.z,
             nu=self.state.nu,
             kappa=task.kappa,
@@ -309,10 +330,6 @@ class Client:
             profile=self.identity.profile,
             emulated=self.identity.emulated,
             codecs=coding.CODECS,
-            run=self.state.run,
-            accepted_round=self.state.accepted_round,
-            duals=vector_digest(self.state.nu) if self.state.accepted_round >= 0 else b"",
-            pending_round=self.state.pending.round if self.state.pending is not None else -1,
         )
         topic = self.topics.state(self.identity.device)
         self._actions.append(Publish(topic=topic, payload=messages.encode(birth), retain=True))

@@ -17,7 +17,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     (at least one). quorum: share of a cohort that must have contributed when the deadline passes; with fewer the round
     stays open for another deadline and asks the devices that have come online. deadline_s: of a round.
     late_rounds: a contribution that answers a task so many rounds old is still taken.
-    final_s: how long the aggregator waits for reports after the last round.
+    final_s: how long the aggregator waits for reports after the last round. samples_limit: a device that claims more
+    training samples stays out, as its claim is its weight in the consensus.
     """
 
     min_devices: int = 1
@@ -26,6 +27,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     deadline_s: float = 60.0
     late_rounds: int = 3
     final_s: float = 120.0
+    samples_limit: int = 1_000_000  # sixteen times MNIST: more than a board trains on in a round's minute
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -33,10 +35,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ConfigError(f"schedule.{name} is {getattr(self, name)}; give a share above 0 and up to 1")
         for name in ("deadline_s", "final_s"):
-            if not getattr(self, name) > 0.0:
-                raise ConfigError(f"schedule.{name} is {getattr(self, name)}; give a number of seconds above 0")
-        if self.min_devices < 1 or self.late_rounds < 0:
-            raise ConfigError("schedule.min_devices must be at least 1 and schedule.late_rounds at least 0")
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"schedule.{name} is {getattr(self, name)}; give a finite number of seconds above 0")
+        for name, least in (("min_devices", 1), ("late_rounds", 0), ("samples_limit", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"schedule.{name} is {getattr(self, name)}; give at least {least}")
 
     def cohort(self, online: Sequence[str], round_number: int) -> tuple[str, ...]:
         """Whom to ask: a random `fraction` of those online, the same for the same seed, round and fleet."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedeq_edge.training.step import Vector
 from fedeq_edge.wire.coding import Codec
-from fedeq_edge.wire.messages import Status
+from fedeq_edge.wire.messages import Metrics, Status
 
 NOTHING = np.zeros(0, np.float32)
 
@@ -15,6 +15,11 @@ NOTHING = np.zeros(0, np.float32)
 def vector_digest(vector: Vector) -> bytes:
     """sha256 of a float32 vector's little-endian bytes; empty for an empty vector."""
     return hashlib.sha256(vector.astype("<f4").tobytes()).digest() if vector.size else b""
+
+
+def dual_digest(nu: Vector) -> bytes:
+    """Name of a dual: its vector_digest, empty where nu = 0 whether or not there is a vector yet."""
+    return vector_digest(nu) if nu.any() else b""
 
 
 class Pending(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,20 +49,19 @@ class ClientState(msgspec.Struct, frozen=True, kw_only=True):
 class MemberState(msgspec.Struct, kw_only=True):
     """What the aggregator remembers of a device beside its dual.
 
-    duals, duals_before: digests of nu now and before the last accepted contribution (a device that has not heard the
-    verdict yet still holds the latter).
+    accepted_round: no contribution up to this round is folded in again. duals: dual_digest of its nu.
     """
 
     accepted_round: int = -1
     duals: bytes = b""
-    duals_before: bytes = b""
 
 
 class AggregatorState(msgspec.Struct, kw_only=True):
-    """The aggregator's memory, beside the consensus: taken when a round opens.
+    """The aggregator's memory, beside the consensus.
 
-    issued: kappa of each task by round and device, and bases: digest of z_hat by round, both for the rounds from which
-    a late contribution is still taken.
+    cohort: of the open round, empty between rounds. issued: kappa of each task by round and device, and bases: digest
+    of z_hat by round, both for the rounds from which a late contribution is still taken. contributed, late: what the
+    contributions since the last close said, in order of arrival: those to this round, and those to earlier ones.
     """
 
     run: str
@@ -67,3 +71,5 @@ class AggregatorState(msgspec.Struct, kw_only=True):
     members: dict[str, MemberState]
     issued: dict[int, dict[str, float]]
     bases: dict[int, bytes]
+    contributed: dict[str, Metrics] = msgspec.field(default_factory=dict)
+    late: dict[str, Metrics] = msgspec.field(default_factory=dict)

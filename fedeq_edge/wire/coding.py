@@ -21,6 +21,7 @@ from fedeq_edge.errors import LocalWireError, RemoteWireError
 Codec = Literal["f32", "f16", "int8", "int4"]
 Vector = NDArray[np.float32]
 BLOCK: Final = 64  # values a scale: 0.25 bit a value
+_SMALLEST_SCALE: Final = np.float32(2.0**-100)  # levels divided by it are still a float32
 _LARGEST_SCALE: Final = np.uint32(0x7F7F)  # the next one is infinity, which every receiver refuses
 
 
@@ -104,10 +105,10 @@ def _blocked(vector: Vector) -> Vector:
 
 
 def _scales_up(largest: Vector) -> NDArray[np.uint16]:
-    """Upper half of each float32, rounded up; an all-zero block gets the smallest normal number, never zero."""
-    bits = np.maximum(largest, np.float32(1.2e-38)).astype(np.float32).view(np.uint32)
-    scales = (bits + np.uint32(0xFFFF)) >> np.uint32(16)
-    return np.minimum(scales, _LARGEST_SCALE).astype(np.uint16)
+    """Upper half of each float32, rounded up, never zero."""
+    bits = np.maximum(largest, _SMALLEST_SCALE).astype(np.float32).view(np.uint32)
+    scales: NDArray[np.uint32] = np.minimum((bits + np.uint32(0xFFFF)) >> np.uint32(16), _LARGEST_SCALE)
+    return scales.astype(np.uint16)
 
 
 def _as_float(scales: NDArray[np.uint16]) -> Vector:

@@ -11,8 +11,9 @@
 
 Theory of operation. A payload comes from a device that may be broken or hostile, so every length is checked against
 the bytes at hand and against a limit *before* anything is parsed or allocated: header at most 8 kB, CBOR nesting at
-most 8, definite lengths only, no tags (they make regular expressions, cycles and numbers of 8 kB). Never pickle. TLS and sha256 (wire/chunks.py) protect content; the CRC only tells a
-truncated or overwritten payload from a protocol error, so that the refusal can name the right one.
+most 8, definite lengths only, no tags (they make regular expressions, cycles and numbers of 8 kB). Never pickle.
+TLS and sha256 (wire/chunks.py) protect content; the CRC only tells a truncated or overwritten payload from a protocol
+error, so that the refusal can name the right one.
 """
 
 import struct

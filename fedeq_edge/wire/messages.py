@@ -4,9 +4,9 @@ Every message is a frozen struct that becomes the CBOR header of one frame; tens
 Decoding is strict in types and lenient in unknown keys: a newer minor version may add keys, a changed meaning gets a
 new magic. Who sends what:
 
-    Birth, Offline, Fetch, Chunk, ChunkAck, Report, Decline     device -> aggregator
-    AggregatorState, Manifest, Task, Chunk, ChunkAck, Verdict   aggregator -> device
-    Contribution, Model                                         blobs, carried by chunks
+    Birth, Offline, Fetch, Chunk, ChunkAck, Report, Decline, Differs     device -> aggregator
+    AggregatorState, Manifest, Task, Chunk, ChunkAck, Verdict            aggregator -> device
+    Contribution, Model                                                  blobs, carried by chunks
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGES
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 Status = Literal["waiting", "running", "finishing", "finished"]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
+RoundOrNone = Annotated[int, msgspec.Meta(ge=-1, le=2**53)]  # -1: none yet
 Evaluations = Annotated[int, msgspec.Meta(ge=0, le=10_000)]  # a solver budget; nobody affords more for one sample
 
 
@@ -35,9 +36,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 class Birth(Message, frozen=True, kw_only=True):
     """A device is here. boot: new at every start of the agent, so that an old last will can be told from a new one.
 
-    run and accepted_round: what its saved state belongs to ("" and -1 without one). duals: sha256 of its nu, empty
-    where nu = 0; the aggregator compares it with its own and lets a device that lost its state join anew.
-    pending_round: round of a contribution whose verdict the device has not heard, -1 without one.
+    Retained, so the aggregator may read it long after it was written: nothing in it changes while the agent runs.
     """
 
     boot: Name
@@ -45,10 +44,6 @@ class Birth(Message, frozen=True, kw_only=True):
     profile: Name
     emulated: bool
     codecs: tuple[Codec, ...]
-    run: Name = ""
-    accepted_round: int = -1
-    duals: bytes = b""
-    pending_round: int = -1
 
 
 class Offline(Message, frozen=True, kw_only=True):
@@ -94,7 +89,7 @@ class Task(Message, frozen=True, kw_only=True):
     model: Digest
     kappa: float
     deadline_s: float
-    after: Annotated[int, msgspec.Meta(ge=-1, le=2**53)] = -1
+    after: RoundOrNone = -1
     duals: bytes | None = b""
     final: bool = False
 
@@ -204,6 +199,19 @@ class Decline(Message, frozen=True, kw_only=True):
     reason: Text
 
 
+class Differs(Message, frozen=True, kw_only=True):
+    """The task of round `round` names another dual than I hold: let me join anew, or send me a newer task.
+
+    expected: `duals` of that task. after: the last round for which I have heard that my contribution counts, -1 before
+    the first. An aggregator that holds another dual than `expected` by now knows that the task was an old one.
+    """
+
+    run: Name
+    round: Count
+    expected: bytes
+    after: RoundOrNone
+
+
 _KINDS: Final[dict[int, type[Message]]] = {
     1: Birth,
     2: Offline,
@@ -218,6 +226,7 @@ _KINDS: Final[dict[int, type[Message]]] = {
     11: Model,
     12: Report,
     13: Decline,
+    14: Differs,
 }
 _NUMBERS: Final = {message: kind for kind, message in _KINDS.items()}
 KINDS: Final[tuple[type[Message], ...]] = tuple(_KINDS.values())

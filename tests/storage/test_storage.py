@@ -1,0 +1,280 @@
+"""State on disk: old or new and never half, damage is named, one owner at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedeq_edge import storage, structs
+from fedeq_edge.errors import StateError
+from fedeq_edge.protocol.aggregator import new_state
+from fedeq_edge.protocol.state import AggregatorState, ClientState, Pending
+from fedeq_edge.storage import AggregatorFolder, ClientFolder, DiskDuals, history, locked
+
+STATE = ClientState(
+    run="r",
+    accepted_round=3,
+    z=np.arange(5, dtype=np.float32),
+    nu=-np.ones(5, np.float32),
+    head=np.zeros(0, np.float32),
+    pending=Pending(round=4, kappa=0.1, codec="int4", body=b"body", blob=b"blob"),
+)
+
+
+def fails(*_: object) -> NoReturn:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_client_remembers_everything(tmp_path: Path) -> None:
+    ClientFolder(tmp_path).save(STATE)
+    loaded = ClientFolder(tmp_path).load()
+    np.testing.assert_equal(msgspec.structs.asdict(loaded), msgspec.structs.asdict(STATE))
+    assert loaded.z.flags.writeable
+
+
+def test_a_client_without_a_file_has_no_federation(tmp_path: Path) -> None:
+    assert ClientFolder(tmp_path).load().run == ""
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ClientFolder(tmp_path)
+    folder.save(STATE)
+    monkeypatch.setattr(os if step == "fsync" else Path, step, fails)
+    with pytest.raises(StateError, match=r"cannot write .*client.state: No space left on device; free some space"):
+        folder.save(ClientState(run="another"))
+    assert ClientFolder(tmp_path).load().run == "r"
+
+
+def test_a_half_written_neighbour_is_not_read(tmp_path: Path) -> None:
+    folder = ClientFolder(tmp_path)
+    folder.save(STATE)
+    (tmp_path / ".client.state.new").write_bytes(b"half")
+    assert folder.load().run == "r"
+    folder.save(ClientState(run="s"))
+    assert [path.name for path in tmp_path.iterdir()] == ["client.state"]
+
+
+def test_every_damaged_byte_is_named_and_nothing_is_replaced(tmp_path: Path) -> None:
+    ClientFolder(tmp_path).save(ClientState(run="r"))
+    path = tmp_path / "client.state"
+    sound = path.read_bytes()
+    for position in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(StateError, match=r"client.state is damaged \(its checksum differs\); restore it"):
+            ClientFolder(tmp_path).load()
+    path.write_bytes(sound[:20])
+    with pytest.raises(StateError, match="is damaged"):
+        ClientFolder(tmp_path).load()
+    assert path.read_bytes() == sound[:20]
+
+
+def test_a_sound_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    storage.save(tmp_path / "client.state", {"run": 5})
+    with pytest.raises(StateError, match=r"is damaged \(Expected `str`, got `int` - at `\$.run`\)"):
+        ClientFolder(tmp_path).load()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "client.state").mkdir()
+    with pytest.raises(StateError, match="cannot be read: Is a directory"):
+        ClientFolder(tmp_path).load()
+
+
+def test_a_vector_of_a_type_that_is_not_ours_is_refused() -> None:
+    packed = msgspec.msgpack.encode({"run": "r", "z": ["|O8", [1], b"\0" * 8]})
+    with pytest.raises(msgspec.ValidationError, match=r"vector of type \|O8"):
+        structs.unpack(packed, ClientState)
+
+
+def test_a_folder_has_one_owner(tmp_path: Path) -> None:
+    with locked(tmp_path / "new" / "folder") as folder:
+        assert folder.is_dir()
+        code = (
+            "import sys; from pathlib import Path; from fedeq_edge import storage, errors\n"
+            "try:\n    storage.locked(Path(sys.argv[1])).__enter__()\n"
+            "except errors.StateError as error: print(error)"
+        )
+        told = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+        assert "is in use by another process; stop it or use another folder" in told.stdout
+    with locked(folder):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(StateError, match=r"state folder .*file/state cannot be used: Not a directory"),
+        locked(tmp_path / "file" / "state"),
+    ):
+        pass
+
+
+# Duals
+
+
+def test_a_dual_comes_back_as_it_was_put(tmp_path: Path) -> None:
+    duals = DiskDuals(tmp_path, {})
+    nu = np.random.default_rng(0).normal(size=7).astype(np.float32)
+    duals.put("a", np.zeros(7, np.float32))
+    duals.put("a", nu)
+    np.testing.assert_array_equal(duals.get("a"), nu)
+    np.testing.assert_array_equal(DiskDuals(tmp_path, duals.versions).get("a"), nu)
+    with pytest.raises(KeyError):
+        duals.get("b")
+
+
+def test_duals_read_with_an_old_snapshot_are_as_it_knew_them(tmp_path: Path) -> None:
+    duals = DiskDuals(tmp_path, {})
+    duals.put("a", np.ones(3, np.float32))
+    duals.put("b", np.ones(3, np.float32))
+    duals.prune()
+    known = dict(duals.versions)
+    duals.put("a", np.full(3, 2, np.float32))
+    duals.drop("b")
+    duals.put("b", np.full(3, 5, np.float32))  # came back, under another version than it left with
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(DiskDuals(tmp_path, known).get(name), np.ones(3))
+
+
+def test_pruning_leaves_what_counts_and_nothing_else(tmp_path: Path) -> None:
+    duals = DiskDuals(tmp_path, {})
+    for value in range(4):
+        duals.put("a", np.full(3, value, np.float32))
+        duals.put("a-1", np.full(3, value, np.float32))
+    duals.drop("a-1")
+    duals.prune()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.4"]
+    np.testing.assert_array_equal(duals.get("a"), np.full(3, 3))
+
+
+def test_a_dual_that_is_gone_or_damaged_is_named(tmp_path: Path) -> None:
+    duals = DiskDuals(tmp_path, {})
+    duals.put("pi", np.ones(3, np.float32))
+    path = tmp_path / "pi.1"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StateError, match=r"pi\.1 is damaged"):
+        duals.get("pi")
+    path.unlink()
+    with pytest.raises(StateError, match="dual of device pi is missing"):
+        duals.get("pi")
+
+
+# The aggregator
+
+
+def consensus_of(value: float) -> dict[str, Any]:
+    return {"arrays": {"z": np.full(3, value)}, "scalars": {"R": value, "members": {"a": {"samples": 5}}}}
+
+
+def test_a_snapshot_comes_back_with_its_types(tmp_path: Path) -> None:
+    state = new_state("r")
+    state.issued = {3: {"a": 0.1}}
+    AggregatorFolder(tmp_path).take_snapshot(state, consensus_of(1.5))
+    saved = AggregatorFolder(tmp_path).snapshot()
+    assert saved is not None
+    loaded, consensus = saved
+    assert isinstance(loaded, AggregatorState)
+    assert loaded == state
+    np.testing.assert_equal(consensus, consensus_of(1.5))
+    assert consensus["arrays"]["z"].dtype == np.float64
+
+
+def test_the_journal_keeps_the_order_in_which_contributions_were_accepted(tmp_path: Path) -> None:
+    folder = AggregatorFolder(tmp_path)
+    stored = [(f"d-{number % 3}", bytes([number])) for number in range(12)]
+    for device, blob in stored[:7]:
+        folder.store(device, blob)
+    folder = AggregatorFolder(tmp_path)
+    for device, blob in stored[7:]:
+        folder.store(device, blob)
+    assert list(AggregatorFolder(tmp_path).journal()) == stored
+
+
+def test_a_snapshot_empties_the_journal(tmp_path: Path) -> None:
+    folder = AggregatorFolder(tmp_path)
+    folder.store("a", b"1")
+    folder.take_snapshot(new_state("r"), consensus_of(1.0))
+    folder.store("a", b"2")
+    assert list(AggregatorFolder(tmp_path).journal()) == [("a", b"2")]
+
+
+def test_a_crash_between_snapshot_and_the_end_of_its_journal_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = AggregatorFolder(tmp_path)
+    folder.store("a", b"1")
+    folder.store("b", b"2")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", fails)
+        with pytest.raises(StateError, match="No space"):
+            folder.take_snapshot(new_state("r"), consensus_of(1.0))
+    again = AggregatorFolder(tmp_path)
+    assert again.snapshot() is not None
+    assert list(again.journal()) == []
+    again.store("c", b"3")
+    assert list(AggregatorFolder(tmp_path).journal()) == [("c", b"3")]
+    again.take_snapshot(new_state("r"), consensus_of(2.0))
+    assert list((tmp_path / "journal").iterdir()) == []
+
+
+def test_a_half_stored_contribution_does_not_count(tmp_path: Path) -> None:
+    folder = AggregatorFolder(tmp_path)
+    folder.store("a", b"1")
+    (tmp_path / "journal" / ".2-b.new").write_bytes(b"ha")
+    assert list(AggregatorFolder(tmp_path).journal()) == [("a", b"1")]
+
+
+def line(number: int, **more: object) -> dict[str, object]:
+    return {"kind": "round", "round": number, **more}
+
+
+def test_history_leaves_out_the_line_that_is_being_written(tmp_path: Path) -> None:
+    folder = AggregatorFolder(tmp_path)
+    folder.record(line(1))
+    with (tmp_path / "rounds.jsonl").open("a") as output:
+        output.write('{"kind": "round", "rou')
+    assert history(tmp_path) == [line(1)]
+    assert history(tmp_path / "nowhere") == []
+
+
+def test_a_half_line_of_a_crash_does_not_spoil_the_next(tmp_path: Path) -> None:
+    AggregatorFolder(tmp_path).record(line(1))
+    with (tmp_path / "rounds.jsonl").open("a") as output:
+        output.write('{"kind": "round", "rou')
+    AggregatorFolder(tmp_path).record(line(2))
+    assert history(tmp_path) == [line(1), line(2)]
+
+
+def test_a_line_that_was_written_again_after_a_crash_counts_once(tmp_path: Path) -> None:
+    folder = AggregatorFolder(tmp_path)
+    report = {"kind": "report", "round": 3, "device": "a"}
+    for item in (line(1, step=0.5), line(2, step=0.1), line(2, step=0.2), report, report):
+        folder.record(item)
+    assert history(tmp_path) == [line(1, step=0.5), line(2, step=0.2), report]
+
+
+def test_what_is_not_a_number_is_null_in_json(tmp_path: Path) -> None:
+    folder = AggregatorFolder(tmp_path)
+    folder.record(line(1, devices={"a": {"accuracy": float("nan")}}, step=float("inf"), late=(float("-inf"), 1.0)))
+    text = (tmp_path / "rounds.jsonl").read_text()
+    told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (told["devices"], told["step"], told["late"]) == ({"a": {"accuracy": None}}, None, [None, 1.0])
+
+
+def test_status_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = AggregatorFolder(tmp_path)
+    folder.write_status({"round": 1, "loss": float("nan")})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", fails)
+        with pytest.raises(StateError, match=r"cannot write .*status.json"):
+            folder.write_status({"round": 2})
+    assert json.loads((tmp_path / "status.json").read_text()) == {"round": 1, "loss": None}
