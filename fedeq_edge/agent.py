@@ -155,6 +155,7 @@ class Agent:
             will=self._farewell(),
         )
         self._manifest: Manifest | None = None
+        self._rounds = 0  # of the federation, when its final consensus comes
         self._trainer: TrainerProcess | None = None
         self._rss_idle = 0
         self._rss_peak_trainer = 0
@@ -220,18 +221,18 @@ class Agent:
         elif isinstance(reply, exchange.Failed):
             if not event.trainer.ready:
                 self._end_trainer("its set-up failed")  # the next task starts another
-            self._carry_out(self._client.failed(reply.reason))
+            self._carry_out(self._client.failed(reply.reason, now))
         else:
             self._trainer = None
             status = event.trainer.end()
-            self._carry_out(self._client.failed(_how_it_ended(status, self._folder / "trainer.log")))
+            self._carry_out(self._client.failed(_how_it_ended(status, self._folder / "trainer.log"), now))
 
     def _ask(self, request: exchange.Request, deadline_s: float) -> None:
         if self._trainer is None:
             try:
                 self._trainer = TrainerProcess(self._setup(), self._folder / "trainer.log", self._inbox)
             except (ConfigError, msgspec.ValidationError) as error:
-                self._carry_out(self._client.failed(f"manifest cannot be used here: {error}"))
+                self._carry_out(self._client.failed(f"manifest cannot be used here: {error}", time.monotonic()))
                 return
         self._trainer.ask(request, deadline_s=deadline_s, now=time.monotonic())
 
@@ -259,7 +260,7 @@ class Agent:
             trainer, self._trainer = self._trainer, None
             trainer.end()
             if trainer.busy:
-                self._carry_out(self._client.failed(why))
+                self._carry_out(self._client.failed(why, time.monotonic()))
 
     def _rest(self) -> None:
         """Nothing has happened for a while: let an idle trainer go, note how much we need at rest."""
@@ -286,11 +287,10 @@ class Agent:
                 self._note_rss()
                 self._ask(exchange.Work(task=action.task), action.deadline_s)
             elif isinstance(action, Personalise):
-                # its task says how long the aggregator waits, but not this action; training alone may take longer
-                self._ask(exchange.Fit(z=action.z, head=action.head), math.inf)
+                self._rounds = action.rounds
+                self._ask(exchange.Fit(z=action.z, head=action.head), action.deadline_s)
             elif isinstance(action, Finished):
-                log.info("the federation has finished")
-                self._end_trainer("the federation has finished")
+                log.info("the federation has finished")  # a trainer at work makes its model, and ends when idle
 
     def _publish(self, action: Publish) -> None:
         try:
@@ -306,7 +306,7 @@ class Agent:
             head=personal.head,
             budget=personal.budget,
             run=self._manifest.run,
-            round=self._manifest.round,
+            round=self._rounds,
             device=self._settings.device,
         )
         modelfile.write(self._folder / PERSONAL, model)

@@ -57,11 +57,12 @@ class Train:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Personalise:
-    """Fit this device's own model to the final consensus; answer with `Client.personalised` or `Client.failed`."""
+    """Fit this device's own model to the consensus after the last of `rounds` rounds; answered like `Train`."""
 
-    round: int
+    rounds: int
     z: Vector
     head: Vector
+    deadline_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

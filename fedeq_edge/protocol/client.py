@@ -89,15 +89,12 @@ class Client:
     def trained(self, result: LocalResult, usage: Usage, now: float) -> list[ClientAction]:
         """The trainer has done its round: keep the contribution and send it."""
         task, self._working = self._working, None
-        if task is None or task.run != self.state.run:
-            return self._flush()
-        try:
-            pending = self._contribution(task, result, usage)
-        except LocalWireError as error:
-            self._decline(task, str(error))
-            return self._flush()
-        self._keep(pending=pending, head=result.head)
-        self._send_pending(now)
+        if task is not None and task.run == self.state.run:
+            try:
+                self._keep(pending=self._contribution(task, result, usage), head=result.head)
+            except LocalWireError as error:
+                self._decline(task, str(error))
+        self._advance(now)
         return self._flush()
 
     def personalised(self, personal: Personal, usage: Usage, now: float) -> list[ClientAction]:
@@ -107,13 +104,15 @@ class Client:
             self._keep(head=personal.head)
             self._report = _report(task, personal, usage)
             self._send_report(now)
+        self._advance(now)
         return self._flush()
 
-    def failed(self, reason: str) -> list[ClientAction]:
-        """The trainer could not do its work: tell the aggregator, stay in the fleet."""
+    def failed(self, reason: str, now: float) -> list[ClientAction]:
+        """The trainer could not do its work: tell the aggregator, stay in the fleet, go on with a newer task."""
         task, self._working = self._working, None
         if task is not None and task.run == self.state.run:
             self._decline(task, reason)
+        self._advance(now)
         return self._flush()
 
     def tick(self, now: float) -> list[ClientAction]:
@@ -132,7 +131,8 @@ class Client:
     def _dispatch(self, topic: str, received: messages.Received, now: float) -> None:
         message = received.message
         if isinstance(message, messages.AggregatorState):
-            self._publish_birth()  # a new aggregator may not have the retained one
+            self._publish_birth()  # a new aggregator, or a new broker, may not have the retained one
+            self._resend(now)
         elif isinstance(message, messages.Manifest):
             self._on_manifest(message, now)
         elif topic != self.topics.down(self.identity.device):
@@ -287,7 +287,9 @@ class Client:
     def _work(self, task: messages.Task) -> None:
         self._working = task
         if task.final:
-            self._actions.append(Personalise(round=task.round, z=self.state.z, head=self.state.head))
+            self._actions.append(
+                Personalise(rounds=task.round - 1, z=self.state.z, head=self.state.head, deadline_s=task.deadline_s)
+            )
             return
         local = LocalTask(
             round=task.round - 1,

@@ -82,7 +82,7 @@ def test_a_round_does_not_wait_for_a_device_that_declines() -> None:
     fleet.settle()
     device = fleet.devices["d1"]
     device.work = None
-    device.carry_out(device.client.failed("battery at 4 %"))
+    device.carry_out(device.client.failed("battery at 4 %", 0.0))
     fleet.run_to_round(2)
     assert fleet.now < 1000.0
     assert fleet.lines[0]["declined"] == {"d1": "battery at 4 %"}
@@ -96,7 +96,7 @@ def test_a_round_that_everybody_declines_is_asked_for_again_after_its_deadline()
     fleet.settle()
     for device in fleet.devices.values():
         device.work, device.holds_back = None, False
-        device.carry_out(device.client.failed("too hot"))
+        device.carry_out(device.client.failed("too hot", 0.0))
     fleet.run()
     assert fleet.lines[0]["extensions"] == 1
     assert fleet.lines[0]["contributed"] == ["d0", "d1", "d2"]
