@@ -19,7 +19,6 @@ state, and joins anew with nu = 0 (algorithm.md section 4); its next task tells 
 """
 
 import math
-import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,16 +33,15 @@ from fedeq_edge.consensus.methods import Method
 from fedeq_edge.errors import ContributionError, RemoteWireError, StateError, WireError
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
 from fedeq_edge.protocol.schedule import Progress, Schedule
-from fedeq_edge.protocol.state import AggregatorState, MemberState, dual_digest, vector_digest
+from fedeq_edge.protocol.state import AggregatorState, MemberState, dual_digest
+from fedeq_edge.protocol.transfers import RETRY_S, Downloads, Pieces, Publication, Uploads
 from fedeq_edge.training.step import Vector
-from fedeq_edge.wire import chunks, coding, messages
+from fedeq_edge.wire import coding, messages
 from fedeq_edge.wire.frame import FRAME_BYTES, HEADER_LIMIT_BYTES
 from fedeq_edge.wire.topics import Topics
 
 Subject = Literal["contribution", "report"]
-RETRY_S: Final = 10.0  # a task or transfer that nobody has reacted to for so long is sent again
 GATHER_S: Final = 5.0  # after a connection births come in within a second, one after the other
-UPLOAD_IDLE_S: Final = 60.0  # six retries of the device: an upload that has not moved since is forgotten
 LARGEST_STEP: Final = 1e6  # of one parameter: a training that diverged, and its sums would not fit float32
 LARGEST_RESIDUAL: Final = 1e6  # relative, 1 is already no solve at all: its square must stay a number
 
@@ -60,18 +58,6 @@ class Federation:
     method: Method
     schedule: Schedule
     codec: coding.Codec
-
-
-@dataclass(slots=True)
-class _Download:
-    outgoing: chunks.Outgoing
-    progress_at: float
-
-
-@dataclass(slots=True)
-class _Upload:
-    incoming: chunks.Incoming
-    progress_at: float
 
 
 @dataclass(slots=True)
@@ -99,18 +85,18 @@ class Aggregator:
     _online: dict[str, messages.Birth] = field(default_factory=dict)
     _open: _Round | None = None
     _final_at: float | None = None
-    _base: bytes = b""  # digest of the consensus in force
-    _model_blob: bytes = b""  # that consensus as a whole, made when first asked for
-    _step_blob: bytes = b""  # the consensus as a difference to the one before it
-    _step_base: bytes = b""
+    _published: Publication = field(init=False)
+    _uploads: Uploads = field(init=False)
+    _downloads: Downloads = field(default_factory=Downloads)
     _connected_at: float = 0.0
     _asked: dict[str, float] = field(default_factory=dict)  # when a task went out that no device has reacted to
-    _uploads: dict[str, _Upload] = field(default_factory=dict)
-    _downloads: dict[str, _Download] = field(default_factory=dict)
     _actions: list[AggregatorAction] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._base = vector_digest(self.consensus.z_hat)
+        z_hat = self.consensus.z_hat
+        self._published = Publication(self.state.run, z_hat, self.state.round)
+        largest = coding.coded_bytes(self.federation.codec, z_hat.size)
+        self._uploads = Uploads(FRAME_BYTES + HEADER_LIMIT_BYTES + largest)
 
     # Coming back after a crash
 
@@ -165,15 +151,11 @@ class Aggregator:
 
     def tick(self, now: float) -> list[AggregatorAction]:
         """Close what is due, say again what was not acknowledged."""
-        for device, download in self._downloads.items():
-            if now - download.progress_at >= RETRY_S:
-                download.outgoing.restart()
-                download.progress_at = now
-                self._send_chunks(device, download.outgoing)
+        for device, pieces in self._downloads.stalled(now):
+            self._send_pieces(device, pieces)
         for device in [device for device, asked_at in self._asked.items() if now - asked_at >= RETRY_S]:
             self._send_task(device, now)
-        for device in [name for name, upload in self._uploads.items() if now - upload.progress_at >= UPLOAD_IDLE_S]:
-            del self._uploads[device]
+        self._uploads.forget_idle(now)
         self._check(now)
         return self._flush()
 
@@ -248,8 +230,10 @@ class Aggregator:
             raise RemoteWireError(f"a {type(message).__name__.lower()} message says nothing of a device's state")
 
     def _leave(self, device: str) -> None:
-        for table in (self._online, self._downloads, self._uploads, self._asked):
-            table.pop(device, None)
+        self._online.pop(device, None)
+        self._asked.pop(device, None)
+        self._downloads.forget(device)
+        self._uploads.forget(device)
 
     def _on_birth(self, device: str, birth: messages.Birth, now: float) -> None:
         limit = self.federation.schedule.samples_limit
@@ -293,41 +277,20 @@ class Aggregator:
         self._send_task(device, now)
 
     def _on_fetch(self, device: str, fetch: messages.Fetch, now: float) -> None:
-        if fetch.run != self.state.run or fetch.model != self._base:
+        if fetch.run != self.state.run or fetch.model != self._published.base:
             return  # it answers an older task; the newer one is on its way
         self._asked.pop(device, None)
-        blob = self._step_blob if self._step_blob and fetch.base == self._step_base else self._whole()
-        self._downloads[device] = _Download(chunks.Outgoing(blob), now)
-        self._send_chunks(device, self._downloads[device].outgoing)
+        blob = self._published.blob_for(fetch.base)
+        self._send_pieces(device, self._downloads.begin(device, blob, now))
 
     def _on_ack(self, device: str, ack: messages.ChunkAck, now: float) -> None:
-        download = self._downloads.get(device)
-        if download is None or ack.transfer != download.outgoing.name:
-            return
-        download.outgoing.acknowledge(ack.bitmap)
-        download.progress_at = now
-        self._send_chunks(device, download.outgoing)
-        if download.outgoing.done:
-            del self._downloads[device]
+        self._send_pieces(device, self._downloads.acknowledged(device, ack, now))
 
     def _on_chunk(self, device: str, chunk: messages.Chunk, body: memoryview, now: float) -> None:
-        if chunk.size > self._upload_limit():
-            raise RemoteWireError(f"upload of {chunk.size} bytes, a contribution has at most {self._upload_limit()}")
-        known = self._uploads.get(device)
-        if known is not None and (known.incoming.name, known.incoming.size) == (chunk.transfer, chunk.size):
-            incoming = known.incoming
-        else:
-            incoming = chunks.Incoming(chunk.transfer, chunk.size)
-        incoming.add(chunk.index, bytes(body))
-        self._uploads[device] = _Upload(incoming, now)
-        self._send(device, messages.ChunkAck(transfer=chunk.transfer, bitmap=incoming.bitmap))
+        bitmap, incoming = self._uploads.add(device, chunk, body, now)
+        self._send(device, messages.ChunkAck(transfer=chunk.transfer, bitmap=bitmap))
         if incoming.complete:
-            del self._uploads[device]
             self._take(device, incoming.blob())
-
-    def _upload_limit(self) -> int:
-        length = self.consensus.z_hat.size
-        return FRAME_BYTES + HEADER_LIMIT_BYTES + coding.coded_bytes(self.federation.codec, length)
 
     def _on_report(self, device: str, report: messages.Report) -> None:
         if report.run != self.state.run or self.state.status not in ("finishing", "finished"):
@@ -450,7 +413,7 @@ class Aggregator:
         cohort = self.federation.schedule.cohort(sorted(self._online), state.round + 1)
         state.status, state.round, state.cohort = "running", state.round + 1, cohort
         self.consensus.open_round(cohort)
-        state.bases[state.round] = self._base
+        state.bases[state.round] = self._published.base
         state.issued[state.round] = {device: self.consensus.penalty(device) for device in cohort}
         self._forget_old_rounds()
         self._open = _Round(cohort=list(cohort), opened_at=now, deadline_at=now + self.federation.schedule.deadline_s)
@@ -501,39 +464,13 @@ class Aggregator:
         self._record_round(opened, report, now)
         self._open, self.state.cohort = None, ()
         self.state.contributed, self.state.late = {}, {}
-        self._base, self._model_blob = vector_digest(self.consensus.z_hat), b""
         if self.state.round >= self.federation.rounds:
             self._finish(now)
         else:
             self._open_if_possible(now)
 
     def _transmit(self, difference: Vector) -> Vector:
-        """Code the step of z_hat; what comes out is what every client decodes (algorithm.md, coding)."""
-        rng = random.Random(f"{self.state.run}/{self.state.round}")
-        body = coding.encode(self.federation.codec, difference, rng)
-        decoded = coding.decode(self.federation.codec, body, difference.size)
-        before = self.consensus.z_hat
-        self._step_base = vector_digest(before)
-        self._step_blob = self._model(before + decoded, body, self.federation.codec, self._step_base)
-        return decoded
-
-    def _model(self, z_hat: Vector, body: bytes, codec: coding.Codec, base: bytes) -> bytes:
-        message = messages.Model(
-            run=self.state.run,
-            round=self.state.round,
-            model=vector_digest(z_hat),
-            base=base,
-            codec=codec,
-            length=z_hat.size,
-        )
-        return messages.encode(message, body)
-
-    def _whole(self) -> bytes:
-        """The consensus as float32, for devices that do not hold the one before it."""
-        if not self._model_blob:
-            z_hat = self.consensus.z_hat
-            self._model_blob = self._model(z_hat, coding.encode("f32", z_hat), "f32", b"")
-        return self._model_blob
+        return self._published.advance(difference, self.federation.codec, self.state.round)
 
     def _arrived(self) -> dict[str, messages.Metrics]:
         """What each device said last with a contribution since the last close."""
@@ -614,7 +551,7 @@ class Aggregator:
         task = messages.Task(
             run=self.state.run,
             round=self.state.round + (1 if final else 0),
-            model=self._base,
+            model=self._published.base,
             kappa=issued.get(device, self.federation.method.rho),
             deadline_s=self.federation.schedule.final_s if final else self.federation.schedule.deadline_s,
             after=member.accepted_round,
@@ -636,9 +573,9 @@ class Aggregator:
         )
         self._send(device, verdict)
 
-    def _send_chunks(self, device: str, outgoing: chunks.Outgoing) -> None:
-        for index, piece in outgoing.due():
-            self._send(device, messages.Chunk(transfer=outgoing.name, index=index, size=len(outgoing.blob)), piece)
+    def _send_pieces(self, device: str, pieces: Pieces) -> None:
+        for chunk, piece in pieces:
+            self._send(device, chunk, piece)
 
     def _send(self, device: str, message: messages.Message, body: bytes = b"") -> None:
         topic = self.federation.topics.down(device)

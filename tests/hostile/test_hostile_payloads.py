@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fedeq_edge.errors import RemoteWireError
-from fedeq_edge.protocol.actions import Note
+from fedeq_edge.protocol.actions import Note, Publish
 from fedeq_edge.protocol.schedule import Schedule
+from fedeq_edge.protocol.state import vector_digest
 from fedeq_edge.wire import messages
 from fedeq_edge.wire.chunks import digest
 from tests.hostile.payloads import MAKERS
@@ -135,7 +136,7 @@ def test_a_stranger_may_say_what_it_likes() -> None:
     fleet = midway()
     sound: list[messages.Message] = [
         messages.Offline(boot="b"),
-        messages.Fetch(run="t-1", model=fleet.aggregator._base),
+        messages.Fetch(run="t-1", model=vector_digest(fleet.aggregator.consensus.z_hat)),
         messages.ChunkAck(transfer=bytes(32), bitmap=b"\xff"),
         messages.Decline(run="t-1", round=3, reason="no"),
         messages.Differs(run="t-1", round=3, expected=b"", after=-1),
@@ -153,8 +154,10 @@ def test_a_stranger_may_say_what_it_likes() -> None:
 @pytest.mark.parametrize("bitmap", [b"", b"\xff\xff", bytes(1000)])
 def test_an_acknowledgement_of_another_length_is_refused(bitmap: bytes) -> None:
     fleet = midway()
-    fleet.send("d1", messages.Fetch(run="t-1", model=fleet.aggregator._base))
-    name = fleet.aggregator._downloads["d1"].outgoing.name
+    asked = messages.encode(messages.Fetch(run="t-1", model=vector_digest(fleet.aggregator.consensus.z_hat)))
+    actions = fleet.aggregator.arrived(TOPICS.up("d1"), asked, fleet.now)
+    sent = [messages.decode(action.payload).message for action in actions if isinstance(action, Publish)]
+    name = next(message.transfer for message in sent if isinstance(message, messages.Chunk))
     fleet.send("d1", messages.ChunkAck(transfer=name, bitmap=bitmap))
     assert fleet.aggregator.refusals == {"malformed": 1}
     np.testing.assert_array_equal(finish(fleet), UNDISTURBED)

@@ -7,8 +7,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedeq_edge.protocol.aggregator import LARGEST_STEP, UPLOAD_IDLE_S
+from fedeq_edge.protocol.aggregator import LARGEST_STEP
 from fedeq_edge.protocol.schedule import Schedule
+from fedeq_edge.protocol.transfers import UPLOAD_IDLE_S
 from fedeq_edge.wire import messages
 from fedeq_edge.wire.chunks import CHUNK_BYTES
 from tests.protocol.fleet import ADMM, METRICS, TOPICS, Fleet, Quadratics, contribution, upload

@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.protocol.aggregator import RETRY_S
 from fedeq_edge.protocol.schedule import Progress, Schedule
+from fedeq_edge.protocol.transfers import RETRY_S
 from fedeq_edge.wire import messages
 from tests.protocol.fleet import TOPICS, Device, Fleet, Quadratics
 
