@@ -26,7 +26,7 @@ from fedeq_edge import logs, modelfile, settings
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, FedEqError, TransportError
-from fedeq_edge.hardware.memory import peak_rss_bytes, rss_bytes
+from fedeq_edge.hardware.memory import give_back, peak_rss_bytes, rss_bytes
 from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Note, Personalise, Publish, Save, Train
 from fedeq_edge.protocol.client import Client, Identity, Usage
@@ -157,6 +157,7 @@ class Agent:
         self._manifest: Manifest | None = None
         self._rounds = 0  # of the federation, when its final consensus comes
         self._trainer: TrainerProcess | None = None
+        self._at_rest = False
         self._rss_idle = 0
         self._rss_peak_trainer = 0
         self._stopping = False
@@ -229,6 +230,9 @@ class Agent:
 
     def _ask(self, request: exchange.Request, deadline_s: float) -> None:
         if self._trainer is None:
+            if not self._rss_idle:  # asked to work before the first rest
+                self._come_to_rest()
+            self._at_rest = False
             try:
                 self._trainer = TrainerProcess(self._setup(), self._folder / "trainer.log", self._inbox)
             except (ConfigError, msgspec.ValidationError) as error:
@@ -266,7 +270,7 @@ class Agent:
         """Nothing has happened for a while: let an idle trainer go, note how much we need at rest."""
         trainer = self._trainer
         if trainer is None:
-            self._rss_idle = rss_bytes()
+            self._come_to_rest()
         elif trainer.idle_since is not None and time.monotonic() - trainer.idle_since > self._settings.trainer_idle_s:
             self._end_trainer("it was idle")
 
@@ -284,7 +288,6 @@ class Agent:
                 self._manifest = action.manifest
                 self._end_trainer("the federation has changed")
             elif isinstance(action, Train):
-                self._note_rss()
                 self._ask(exchange.Work(task=action.task), action.deadline_s)
             elif isinstance(action, Personalise):
                 self._rounds = action.rounds
@@ -316,9 +319,12 @@ class Agent:
     def _farewell(self) -> Will:
         return Will(topic=self._topics.state(self._settings.device), payload=self._client.offline())
 
-    def _note_rss(self) -> None:
-        if not self._rss_idle:  # asked to work before the first rest
-            self._rss_idle = rss_bytes()
+    def _come_to_rest(self) -> None:
+        """Without a trainer, hold no more than listening needs; once for every rest."""
+        if not self._at_rest:
+            self._at_rest = True
+            give_back()
+        self._rss_idle = rss_bytes()
 
     def _usage(self) -> Usage:
         traffic = self._transport.traffic()
