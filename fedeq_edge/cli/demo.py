@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from fedeq_edge import demo as fleet_demo
 from fedeq_edge.storage import finite
 from fedeq_edge.wire.coding import Codec
 
+_MANY = 10  # devices beyond which a mean hides the worst
 EXAMPLE = "Example: fedeq demo --data har.npz --x X --client subject --test local_test --classes 0-5"
 
 
@@ -203,9 +204,36 @@ class _Table:
 
 
 def _show(console: Console, summary: Mapping[str, Any]) -> None:
+    console.print(_devices(summary["devices"]))
     accuracy = summary["accuracy"]
-    table = Table("device", "board (emulated)", "K", "k", "personal", "alone", "ONNX - torch", "evaluations", "ms")
-    for device in summary["devices"]:
+    sent, whole = summary["bytes_per_client_round"], summary["bytes_per_client_round"]["float32_full_model"]
+    saved = summary["errors_saved"]
+    console.print(
+        f"personal models {_number(accuracy['personal'])}, trained alone {_number(accuracy['local_only'])}"
+        + (f": the federation removed {saved:.0%} of the errors" if saved is not None and saved > 0 else "")
+        + f"; the consensus as it stands {_number(accuracy['consensus'])}"
+        + f"; the worst five {_number(accuracy['worst_five_personal'])}" * (len(summary["devices"]) > _MANY),
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"{summary['rounds']} rounds in {summary['wall_s']:.0f} s; per client and round {_kilobytes(sent['up'])} up "
+        f"and {_kilobytes(sent['down'])} down (the whole model as float32: {_kilobytes(whole['up'])} each way)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"report: {summary['out']}/report.html", highlight=False, soft_wrap=True)
+
+
+def _devices(devices: Sequence[Mapping[str, Any]]) -> Table:
+    """Fits 80 columns: a board's name that is cut tells nothing."""
+    caption = "boards are emulated; diff: largest |onnx - torch| of a logit; evals: solver evaluations per sample"
+    table = Table(caption=caption, caption_justify="left", padding=(0, 1, 0, 0))
+    for name in ("device", "board"):
+        table.add_column(name, no_wrap=True)
+    for name in ("K", "k", "personal", "alone", "diff", "evals", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for device in devices:
         onnx = device["onnx"] or {}
         table.add_row(
             device["id"],
@@ -214,22 +242,8 @@ def _show(console: Console, summary: Mapping[str, Any]) -> None:
             str(device["budget"]["adjoint"]),
             _number(device["accuracy"]["personal"]),
             _number(device["accuracy"]["local_only"]),
-            _number(onnx.get("max_abs_diff"), ".1e"),
+            _number(onnx.get("max_abs_diff"), ".0e"),
             _number(onnx.get("iterations"), ".1f"),
             _number(onnx.get("latency_ms"), ".2f"),
         )
-    console.print(table)
-    sent, whole = summary["bytes_per_client_round"], summary["bytes_per_client_round"]["float32_full_model"]
-    saved = summary["errors_saved"]
-    console.print(
-        f"personal models {_number(accuracy['personal'])}, trained alone {_number(accuracy['local_only'])}"
-        + (f": the federation removed {saved:.0%} of the errors" if saved is not None and saved > 0 else "")
-        + f"; the consensus as it stands {_number(accuracy['consensus'])}",
-        highlight=False,
-    )
-    console.print(
-        f"{summary['rounds']} rounds in {summary['wall_s']:.0f} s; per client and round {_kilobytes(sent['up'])} up "
-        f"and {_kilobytes(sent['down'])} down (the whole model as float32: {_kilobytes(whole['up'])} each way)",
-        highlight=False,
-    )
-    console.print(f"report: {summary['out']}/report.html", highlight=False, soft_wrap=True)
+    return table
