@@ -22,7 +22,7 @@ def unpack(content: bytes | memoryview, kind: type[T]) -> T:
 def _array_out(value: Any) -> object:
     if isinstance(value, np.ndarray):
         return [value.dtype.str, list(value.shape), value.tobytes()]
-    raise NotImplementedError(f"no way to pack a {type(value).__name__}")
+    raise TypeError(f"no way to pack a {type(value).__name__}")
 
 
 def _array_in(_kind: type, raw: Any) -> Any:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedeq_edge import demo as fleet_demo
+from fedeq_edge.demo import run as fleet_demo
 from fedeq_edge.storage import finite
 from fedeq_edge.wire.coding import Codec
 
