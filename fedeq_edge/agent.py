@@ -1,7 +1,7 @@
 """The agent on a device: a small always-on link process, and a trainer process only while there is training to do.
 
 The link owns the connection, the client's state machine and its state on disk; it imports neither torch nor
-onnxruntime and rests at about 40 MB. `fedeq agent run` checks settings and data and then becomes this program
+onnxruntime and rests at about 35 MB. `fedeq agent run` checks settings and data and then becomes this program
 (`python -m fedeq_edge.agent SETTINGS SAMPLES`), so that what checking needed is not carried along.
 """
 
@@ -130,7 +130,7 @@ class TrainerProcess:
 
 
 class Agent:
-    """One device: its link, its state machine, its trainer."""
+    """One device: its link, its state machine, its trainer. The state folder is locked by whoever makes one."""
 
     def __init__(self, path: Path, chosen: AgentSettings, samples: int) -> None:
         self._settings = chosen
@@ -166,17 +166,16 @@ class Agent:
         """Serve until SIGTERM or SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._inbox.put(None))
-        with locked(self._folder):
-            self._transport.start(self._inbox.put)
-            log.info("agent is up", extra={"device": self._settings.device, "federation": self._settings.federation})
-            try:
-                while not self._stopping:
-                    self._step()
-            finally:
-                if self._trainer is not None:
-                    self._trainer.end()
-                self._transport.stop(self._farewell())
-                log.info("agent has left", extra={"device": self._settings.device})
+        self._transport.start(self._inbox.put)
+        log.info("agent is up", extra={"device": self._settings.device, "federation": self._settings.federation})
+        try:
+            while not self._stopping:
+                self._step()
+        finally:
+            if self._trainer is not None:
+                self._trainer.end()
+            self._transport.stop(self._farewell())
+            log.info("agent has left", extra={"device": self._settings.device})
 
     def _step(self) -> None:
         self._watch_trainer(time.monotonic())
@@ -358,7 +357,9 @@ def main(arguments: list[str]) -> int:
     logs.configure()
     path = Path(arguments[0])
     try:
-        Agent(path, settings.load(path, AgentSettings), int(arguments[1])).run()
+        chosen = settings.load(path, AgentSettings)
+        with locked(settings.resolve(path, chosen.state)):  # before the state is read
+            Agent(path, chosen, int(arguments[1])).run()
     except FedEqError as error:
         print(f"fedeq: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

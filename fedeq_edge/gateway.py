@@ -3,6 +3,7 @@
 numpy only: a gateway needs no torch. What it keeps on disk, and how it comes back after kill -9: storage.py.
 """
 
+import hashlib
 import logging
 import os
 import queue
@@ -60,21 +61,28 @@ def start_of(chosen: AggregatorSettings) -> Vector:
 def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Aggregator:
     """The machine as the folder remembers it, or a new federation. Raises StateError where they do not fit."""
     federation, bounds = federation_of(chosen), row_bounds(chosen.model)
-    saved, start = folder.snapshot(), start_of(chosen)
+    saved = folder.snapshot()
     if saved is None:
-        consensus = Consensus(start, method=federation.method, bounds=bounds, duals=folder.duals)
+        consensus = Consensus(start_of(chosen), method=federation.method, bounds=bounds, duals=folder.duals)
         state = new_state(f"{chosen.federation}-{secrets.token_hex(4)}")
+        state.identity = _identity(federation)
     else:
         state, snapshot = saved
-        consensus = Consensus.restore(snapshot, method=federation.method, bounds=bounds, duals=folder.duals)
-        if consensus.z_hat.size != start.size:
+        if state.identity != _identity(federation):
             raise StateError(
-                f"the state folder holds a consensus of {consensus.z_hat.size} values, the model has {start.size}; "
-                "use another state folder for another model"
+                "the state folder holds a federation with another name, model, method, seed or codec; "
+                "restore the settings it began with, or begin another federation in another state folder"
             )
+        consensus = Consensus.restore(snapshot, method=federation.method, bounds=bounds, duals=folder.duals)
     return Aggregator(
         federation=federation, consensus=consensus, duals=folder.duals, boot=secrets.token_hex(8), state=state
     )
+
+
+def _identity(federation: Federation) -> bytes:
+    """Digest of what must not change while duals and sums of the federation live."""
+    fixed = (federation.topics.federation, federation.model, federation.method, federation.seed, federation.codec)
+    return hashlib.sha256(msgspec.json.encode(fixed)).digest()
 
 
 class Gateway:

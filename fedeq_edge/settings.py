@@ -2,8 +2,8 @@
 
 An environment variable is FEDEQ_ and the key's path in capitals, tables joined by two underscores:
 FEDEQ_BROKER__URL=mqtt://gateway sets [broker] url. Its value is read as TOML where that fits the key, or else as text.
-An unknown key is refused with the nearest known one, because a misspelt setting that is silently ignored is worse than
-none.
+An unknown key of a file is refused with the nearest known one, because a misspelt setting that is silently ignored is
+worse than none.
 Paths in a file are relative to that file.
 """
 
@@ -86,6 +86,11 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
     def __post_init__(self) -> None:
         check_identifier(self.federation, "federation")
+        if self.train.compute_s >= self.schedule.deadline_s:
+            raise ConfigError(
+                f"train.compute_s ({self.train.compute_s:g}) must be below schedule.deadline_s "
+                f"({self.schedule.deadline_s:g}): training is a part of a round"
+            )
 
     def resolved_method(self) -> Method:
         """The preset with the file's changes. Raises ConfigError on an unknown preset or field."""

@@ -20,7 +20,6 @@ _EXTRAS = {
     "onnxruntime": "device",
     "sklearn": "demo",
     "jinja2": "demo",
-    "matplotlib": "demo",
 }
 
 app = typer.Typer(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedeq_edge.data.npz import FleetSummary, describe, load_client, load_fleet
+from fedeq_edge.errors import ConfigError
 
 app = typer.Typer(help="Data sets of devices and fleets.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -31,6 +32,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Check a data set and show what each client has."""
+    if client is None and (x, y, test, where, classes) != ("x", "y", None, None, None):
+        raise ConfigError(
+            "--x, --y, --test, --where and --classes are for the file of a fleet; name its --client column"
+        )
     if client is None:
         summary = describe({path.stem: load_client(path)})
     else:

@@ -23,7 +23,7 @@ EXAMPLE = "Example: fedeq demo --data har.npz --x X --client subject --test loca
 
 
 def demo(  # noqa: PLR0917  # typer calls it by name
-    devices: Annotated[int, typer.Option(min=1, max=100, help="Devices of the digits fleet.")] = 6,
+    devices: Annotated[int, typer.Option(min=2, max=28, help="Devices of the digits fleet.")] = 6,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; what suits the data if not given.")] = None,
     data: Annotated[str, typer.Option(help='"digits", or an .npz with one row per sample.')] = "digits",
     x: Annotated[str, typer.Option(help="Array of samples.")] = "x",

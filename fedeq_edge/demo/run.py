@@ -82,8 +82,7 @@ class Source:
             clients=self.clients,
         )
         describe(fleet)  # the clients fit together, or a DataError says which does not
-        width = len(str(len(fleet)))
-        return {_device_id(name, number, width): data for number, (name, data) in enumerate(fleet.items(), 1)}
+        return dict(zip(_device_ids(list(fleet)), fleet.values(), strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,14 +164,16 @@ def run(options: Options, view: View) -> dict[str, Any]:
 # Preparing
 
 
-def _device_id(name: str, number: int, width: int) -> str:
-    """The client's name where it can be an id, else its number."""
-    if name.isdigit():
-        return f"client-{int(name):0{width}d}"
+def _device_ids(names: Sequence[str]) -> list[str]:
+    """The clients' names where all of them can be ids, and are unlike as such; else numbers in their order."""
+    width = len(str(len(names)))
+    ids = [f"client-{int(name):0{width}d}" if name.isdigit() else name.lower() for name in names]
     try:
-        return check_identifier(name.lower(), "client")
+        for device in ids:
+            check_identifier(device, "client")
     except ConfigError:
-        return f"client-{number:0{width}d}"
+        ids = []
+    return ids if len(set(ids)) == len(names) else [f"client-{n:0{width}d}" for n in range(1, len(names) + 1)]
 
 
 def _federation(options: Options, fleet: Mapping[str, ClientData]) -> AggregatorSettings:
@@ -221,9 +222,9 @@ def _statistics(fleet: Mapping[str, ClientData]) -> tuple[tuple[float, ...], tup
     A real fleet takes them from what is known of its sensors; a demo has all the data in one place.
     """
     x = np.concatenate([data.x_train for data in fleet.values()])
-    axes = (0, *range(2, x.ndim)) if x.ndim > 2 else (0,)
+    axes = (0, *range(2, x.ndim)) if x.ndim > 2 else None
     scale = np.maximum(x.std(axis=axes), 1e-3)  # a constant channel stays finite
-    return tuple(map(float, x.mean(axis=axes))), tuple(map(float, scale))
+    return tuple(map(float, np.atleast_1d(x.mean(axis=axes)))), tuple(map(float, np.atleast_1d(scale)))
 
 
 def _folder(wanted: Path | None) -> Path:

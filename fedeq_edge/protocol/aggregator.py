@@ -88,6 +88,7 @@ class Aggregator:
     _published: Publication = field(init=False)
     _uploads: Uploads = field(init=False)
     _downloads: Downloads = field(default_factory=Downloads)
+    _unable: set[str] = field(default_factory=set)  # devices that could not make their personal model
     _connected_at: float = 0.0
     _asked: dict[str, float] = field(default_factory=dict)  # when a task went out that no device has reacted to
     _actions: list[AggregatorAction] = field(default_factory=list)
@@ -305,7 +306,10 @@ class Aggregator:
     def _on_decline(self, device: str, decline: messages.Decline) -> None:
         self._note("device declines", device=device, round=decline.round, reason=decline.reason)
         current = decline.run == self.state.run and decline.round == self.state.round
-        if current and self._open is not None and device in self._open.cohort:
+        if self.state.status == "finishing" and decline.run == self.state.run:
+            self._asked.pop(device, None)
+            self._unable.add(device)
+        elif current and self._open is not None and device in self._open.cohort:
             self._asked.pop(device, None)
             self._open.declined[device] = decline.reason
 
@@ -441,7 +445,7 @@ class Aggregator:
             self._extend(opened, now)
 
     def _extend(self, opened: _Round, now: float) -> None:
-        """Too few have contributed: wait for another deadline and ask those who have come online meanwhile."""
+        """Too few have contributed: wait for another deadline and ask everybody who is online."""
         opened.extensions += 1
         opened.deadline_at = now + self.federation.schedule.deadline_s
         opened.declined.clear()
@@ -524,8 +528,7 @@ class Aggregator:
     def _check_reports(self, now: float) -> None:
         if self._final_at is None:  # we came back after a crash
             self._final_at = now + self.federation.schedule.final_s
-        expected = [device for device in self._online if device in self.consensus.members]
-        all_in = bool(expected) and all(device in self.reports for device in expected)
+        all_in = all(device in self.reports or device in self._unable for device in self.consensus.members)
         if all_in or now >= self._final_at:
             self.state.status = "finished"
             self._snapshot()
@@ -537,7 +540,8 @@ class Aggregator:
     def _owes(self, device: str) -> bool:
         """Whether this device has something to do now."""
         if self.state.status == "finishing":
-            return device not in self.reports and device in self.consensus.members
+            asked = device in self.consensus.members and device not in self._unable
+            return asked and device not in self.reports
         return self._open is not None and device in self._open.cohort and device not in self.state.contributed
 
     def _send_task(self, device: str, now: float) -> None:

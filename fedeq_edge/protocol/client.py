@@ -66,6 +66,7 @@ class Client:
     _outgoing: chunks.Outgoing | None = None
     _incoming: chunks.Incoming | None = None
     _fetching: bytes = b""  # digest of the consensus on its way to us
+    _wants_whole: bool = False  # a difference did not decode to the consensus that was asked for
     _report: messages.Report | None = None
     _progress_at: float = 0.0
     _actions: list[ClientAction] = field(default_factory=list)
@@ -102,8 +103,9 @@ class Client:
         task, self._working = self._working, None
         if task is not None and task.run == self.state.run:
             self._keep(head=personal.head)
-            self._report = _report(task, personal, usage)
-            self._send_report(now)
+            if self._manifest is not None and self._manifest.status != "finished":
+                self._report = _report(task, personal, usage)
+                self._send_report(now)
         self._advance(now)
         return self._flush()
 
@@ -154,8 +156,16 @@ class Client:
         if known is None or _setup(known) != _setup(manifest):
             self._actions.append(Configure(manifest=manifest))
         if manifest.status == "finished":
+            self._let_go()
             self._actions.append(Finished())
         self._advance(now)
+
+    def _let_go(self) -> None:
+        """The federation is over: nobody waits for what we still owed it."""
+        self._task = self._report = self._outgoing = None
+        self._stop_fetching()
+        if self.state.pending is not None:
+            self._keep(pending=None)
 
     def _begin(self, run: str) -> None:
         """Another federation than the one we remember: start it with nothing."""
@@ -203,7 +213,9 @@ class Client:
             with np.errstate(over="ignore"):  # an overflow shows in the digest
                 z = self.state.z + z
         if vector_digest(z) != model.model:
+            self._wants_whole = True  # a step does not lead us there; ask for the value itself
             raise RemoteWireError("decoded consensus has another digest than the task names")
+        self._wants_whole = False
         self._stop_fetching()
         nu = self.state.nu if self.state.nu.size == z.size else np.zeros_like(z)
         self._keep(z=z, nu=nu)
@@ -279,7 +291,8 @@ class Client:
             self._stop_fetching()
             self._fetching = task.model
             self._progress_at = now
-            self._send(messages.Fetch(run=task.run, model=task.model, base=vector_digest(self.state.z)))
+            base = b"" if self._wants_whole else vector_digest(self.state.z)
+            self._send(messages.Fetch(run=task.run, model=task.model, base=base))
 
     def _stop_fetching(self) -> None:
         self._fetching, self._incoming = b"", None

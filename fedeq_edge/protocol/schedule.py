@@ -15,9 +15,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     min_devices: the first round waits for as many. fraction: of the devices that are online, asked in a round
     (at least one). quorum: share of a cohort that must have contributed when the deadline passes; with fewer the round
-    stays open for another deadline and asks the devices that have come online. deadline_s: of a round.
+    stays open for another deadline and asks every device that is online. deadline_s: of a round.
     late_rounds: a contribution that answers a task so many rounds old is still taken.
-    final_s: how long the aggregator waits for reports after the last round. samples_limit: a device that claims more
+    final_s: how long the aggregator waits after the last round for the
+    reports of its members, also of those that are away. samples_limit: a device that claims more
     training samples stays out, as its claim is its weight in the consensus.
     """
 

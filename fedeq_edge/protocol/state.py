@@ -62,6 +62,7 @@ class AggregatorState(msgspec.Struct, kw_only=True):
     cohort: of the open round, empty between rounds. issued: kappa of each task by round and device, and bases: digest
     of z_hat by round, both for the rounds from which a late contribution is still taken. contributed, late: what the
     contributions since the last close said, in order of arrival: those to this round, and those to earlier ones.
+    identity: digest of what is fixed for the life of the federation.
     """
 
     run: str
@@ -73,3 +74,4 @@ class AggregatorState(msgspec.Struct, kw_only=True):
     bases: dict[int, bytes]
     contributed: dict[str, Metrics] = msgspec.field(default_factory=dict)
     late: dict[str, Metrics] = msgspec.field(default_factory=dict)
+    identity: bytes = b""

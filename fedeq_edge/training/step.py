@@ -10,13 +10,18 @@ A `Learner` owns one device's data and model. Vectors are flat float32 arrays:
 Source of names and steps: algorithm.md, section 4 (weighted consensus ADMM) after FeDEQ, arXiv 2309.15659.
 """
 
+import math
 from typing import Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedeq_edge.errors import ConfigError
+
 Vector = NDArray[np.float32]
+LARGEST_BUDGET = 10_000
+"""Evaluations per sample that a contribution may report: far beyond any solve that is worth its time."""
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +59,21 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     refit_steps: int = 100
     refit_rate: float = 0.01
     compare_local: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no device could carry out."""
+        for name in ("rounds", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; give at least 1")
+        for name in ("learning_rate", "final_rate", "clip", "compute_s", "refit_rate"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; give a finite number above 0")
+        if not (0.0 <= self.momentum < 1.0 and self.weight_decay >= 0.0 and 0.0 <= self.adjoint_ratio <= 1.0):
+            raise ConfigError("train.momentum must be in [0, 1), adjoint_ratio in [0, 1], weight_decay at least 0")
+        if not self.budgets or min(self.budgets) < 1 or max(self.budgets) > LARGEST_BUDGET:
+            raise ConfigError(f"train.budgets is {list(self.budgets)}; give values of K from 1 to {LARGEST_BUDGET}")
+        if self.refit_steps < 0:
+            raise ConfigError(f"train.refit_steps is {self.refit_steps}; give at least 0")
 
 
 class LocalTask(msgspec.Struct, frozen=True, kw_only=True):

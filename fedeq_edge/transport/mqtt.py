@@ -304,7 +304,8 @@ class MqttTransport:
             _c: paho.Client, _u: object, _f: object, code: ReasonCode, properties: Properties | None
         ) -> None:
             if code.is_failure:
-                self._end(session, f"refused us: {code}")
+                remedy = '; set version = "3.1.1" for [broker]' if "protocol version" in str(code) else ""
+                self._end(session, f"refused us: {code}{remedy}")
                 return
             with self._changed:
                 session.packet_limit = getattr(properties, "MaximumPacketSize", None)

@@ -25,7 +25,9 @@ import cbor2
 from fedeq_edge.errors import LocalWireError, RemoteWireError
 
 MAGIC: Final = b"FDQ1"
-HEADER_LIMIT_BYTES: Final = 8192  # the largest header is a manifest with a model's labels, about 2 kB
+HEADER_LIMIT_BYTES: Final = (
+    8192  # the largest header is a manifest, about 2 kB; one with a shift and scale per channel more
+)
 _NESTING_LIMIT: Final = 8  # a manifest nests three deep
 _FIXED = struct.Struct("<4sBBHI")
 _CHECKSUM = struct.Struct("<I")
@@ -42,7 +44,7 @@ def pack(kind: int, header: dict[str, object], body: bytes | memoryview = b"") -
     encoded = cbor2.dumps(header)
     if len(encoded) > HEADER_LIMIT_BYTES:
         raise LocalWireError(
-            f"message header has {len(encoded)} bytes, at most {HEADER_LIMIT_BYTES} travel: shorten plan or labels"
+            f"message header has {len(encoded)} bytes, at most {HEADER_LIMIT_BYTES}; shorten model.shift, model.scale"
         )
     fixed = _FIXED.pack(MAGIC, kind, 0, len(encoded), len(body))
     checksum = zlib.crc32(body, zlib.crc32(encoded, zlib.crc32(fixed)))

@@ -20,7 +20,7 @@ FLOORS = {
     5: ("cli", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
-TORCH = {"deq", "trainer", "training/torch_step.py", "training/refit.py", "onnx/verify.py"}
+TORCH = {"deq", "trainer", "training/torch_step.py", "training/cost.py", "onnx/verify.py"}
 
 
 def modules() -> list[Path]:

@@ -26,7 +26,7 @@ preset = "fedprox"
 rho = 0.5
 [schedule]
 min_devices = 2
-deadline_s = 12.5
+deadline_s = 42.5
 [broker]
 url = "mqtts://gateway:8883"
 ca = "ca.pem"
@@ -113,7 +113,7 @@ def test_a_bad_value_is_named_by_its_place(text: str, told: str, tmp_path: Path)
     ("old", "new", "told"),
     [
         ("min_devices = 2", "min_devices = 0", "schedule.min_devices is 0; give at least 1"),
-        ("deadline_s = 12.5", "deadline_s = -1", "schedule.deadline_s is -1"),
+        ("deadline_s = 42.5", "deadline_s = -1", "schedule.deadline_s is -1"),
         ("seed = 3", 'seed = 3\ncodec = "int2"', "$.codec"),
         ("classes = 10", "classes = 1.5", "$.model.classes"),
     ],

@@ -58,7 +58,7 @@ def test_every_changed_byte_is_noticed() -> None:
 
 
 def test_a_header_over_the_limit_is_not_sent() -> None:
-    with pytest.raises(LocalWireError, match="at most 8192 travel"):
+    with pytest.raises(LocalWireError, match="at most 8192; shorten"):
         frame.pack(4, {"labels": ["x" * 100] * 100})
 
 
