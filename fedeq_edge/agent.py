@@ -132,11 +132,11 @@ class TrainerProcess:
 class Agent:
     """One device: its link, its state machine, its trainer. The state folder is locked by whoever makes one."""
 
-    def __init__(self, path: Path, chosen: AgentSettings, samples: int) -> None:
+    def __init__(self, path: Path, chosen: AgentSettings, *, samples: int, slowdown: float) -> None:
         self._settings = chosen
         self._data = settings.resolve(path, chosen.data)
         self._folder = settings.resolve(path, chosen.state)
-        self._slowdown = _slowdown(chosen)
+        self._slowdown = slowdown
         self._topics = Topics(chosen.federation)
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._store = ClientFolder(self._folder)
@@ -358,8 +358,9 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0])
     try:
         chosen = settings.load(path, AgentSettings)
+        slowdown = _slowdown(chosen)
         with locked(settings.resolve(path, chosen.state)):  # before the state is read
-            Agent(path, chosen, int(arguments[1])).run()
+            Agent(path, chosen, samples=int(arguments[1]), slowdown=slowdown).run()
     except FedEqError as error:
         print(f"fedeq: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
