@@ -82,7 +82,7 @@ class _Bench:
         self._aggregator = broker.transport((TOPICS.up("a"),))
         self._aggregator.start(self.heard.append)
         self._broker = broker
-        self.agent = agent.Agent(config, settings.load(config, AgentSettings), 10)
+        self.agent = agent.Agent(config, settings.load(config, AgentSettings), samples=10, slowdown=1.0)
         self.agent._transport = link = broker.transport(("#",))  # type: ignore[assignment]
         link.start(lambda _event: None)
 
