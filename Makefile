@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OPTIONS ?=
 BENCH_DATA ?= ../shared/data
+BENCH_OPTIONS ?=
 export OMP_NUM_THREADS ?= 1
 export ORT_DISABLE_TELEMETRY ?= 1
 
@@ -49,7 +50,7 @@ bench-memory: $(INSTALLED) ## Memory and CPU of the aggregator for 10 to 200 cli
 	$(BIN)/python tests/bench/memory.py
 
 bench-har: $(INSTALLED) ## Accuracy of a federation of 30 people on HAR (needs BENCH_DATA)
-	$(BIN)/fedeq demo --data $(BENCH_DATA)/har.npz --x X --client subject --test local_test --classes 0-5
+	$(BIN)/fedeq demo --data $(BENCH_DATA)/har.npz --x X --client subject --test local_test --classes 0-5 $(BENCH_OPTIONS)
 
 # The real broker comes from the system's packages where we may install them; without it some tests are skipped.
 mosquitto:
