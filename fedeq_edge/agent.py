@@ -195,6 +195,8 @@ class Agent:
     def _on_event(self, event: Event) -> None:
         now = time.monotonic()
         if isinstance(event, Connected):
+            if self._trainer is None:
+                self._come_to_rest()  # the start is over; work may come in days
             self._carry_out(self._client.connected(now))
         elif isinstance(event, Disconnected):
             log.warning("disconnected; trying again", extra={"reason": event.reason})
@@ -229,8 +231,6 @@ class Agent:
 
     def _ask(self, request: exchange.Request, deadline_s: float) -> None:
         if self._trainer is None:
-            if not self._rss_idle:  # asked to work before the first rest
-                self._come_to_rest()
             self._at_rest = False
             try:
                 self._trainer = TrainerProcess(self._setup(), self._folder / "trainer.log", self._inbox)
