@@ -1,7 +1,7 @@
 """The agent on a device: a small always-on link process, and a trainer process only while there is training to do.
 
 The link owns the connection, the client's state machine and its state on disk; it imports neither torch nor
-onnxruntime and rests at about 35 MB. `fedeq agent run` checks settings and data and then becomes this program
+onnxruntime and rests below 40 MB. `fedeq agent run` checks settings and data and then becomes this program
 (`python -m fedeq_edge.agent SETTINGS SAMPLES`), so that what checking needed is not carried along.
 """
 
