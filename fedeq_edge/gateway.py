@@ -19,7 +19,7 @@ import numpy as np
 from fedeq_edge import settings
 from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.deq.initial import initial
-from fedeq_edge.deq.layout import row_bounds
+from fedeq_edge.deq.layout import constraints
 from fedeq_edge.errors import StateError, TransportError
 from fedeq_edge.hardware.memory import peak_rss_bytes
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
@@ -60,10 +60,10 @@ def start_of(chosen: AggregatorSettings) -> Vector:
 
 def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Aggregator:
     """The machine as the folder remembers it, or a new federation. Raises StateError where they do not fit."""
-    federation, bounds = federation_of(chosen), row_bounds(chosen.model)
+    federation, sets = federation_of(chosen), constraints(chosen.model)
     saved = folder.snapshot()
     if saved is None:
-        consensus = Consensus(start_of(chosen), method=federation.method, bounds=bounds, duals=folder.duals)
+        consensus = Consensus(start_of(chosen), method=federation.method, constraints=sets, duals=folder.duals)
         state = new_state(f"{chosen.federation}-{secrets.token_hex(4)}")
         state.identity = _identity(federation)
     else:
@@ -73,7 +73,7 @@ def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Agg
                 "the state folder holds a federation with another name, model, method, seed or codec; "
                 "restore the settings it began with, or begin another federation in another state folder"
             )
-        consensus = Consensus.restore(snapshot, method=federation.method, bounds=bounds, duals=folder.duals)
+        consensus = Consensus.restore(snapshot, method=federation.method, constraints=sets, duals=folder.duals)
     return Aggregator(
         federation=federation, consensus=consensus, duals=folder.duals, boot=secrets.token_hex(8), state=state
     )

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge.consensus import quality
-from fedeq_edge.consensus.constraint import RowBound, project
+from fedeq_edge.consensus.constraint import Constraint, project
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.errors import ConfigError, ContributionError
 
@@ -115,21 +115,21 @@ class Consensus:
     """The server's side: O(p) memory beside the duals, contributions are folded in as they come.
 
     z: the start, shape (p,), float32 (float64 in numerical tests); its type is that of `z_hat` and of the duals.
-    method: the rule of the server, the penalty rho and the quality weighting. bounds: rows that stay in l1 balls.
+    method: the rule of the server, the penalty rho and the quality weighting. constraints: convex sets that hold z.
     duals: where nu_i is kept; a server "mean" leaves the duals out and keeps none.
     Calls for a device that is no member raise ContributionError with code "not_a_member".
     """
 
     def __init__(
-        self, z: Vector, *, method: Method, bounds: Sequence[RowBound] = (), duals: DualStore | None = None
+        self, z: Vector, *, method: Method, constraints: Sequence[Constraint] = (), duals: DualStore | None = None
     ) -> None:
         if z.ndim != 1 or z.size == 0:
             raise ConfigError(f"the consensus starts from shape {z.shape}; give one flat vector of parameters")
         self._method = method
-        self._bounds = tuple(bounds)
+        self._constraints = tuple(constraints)
         self._duals: DualStore = MemoryDuals() if duals is None else duals
         self._z = z.astype(np.float64)
-        project(self._z, self._bounds)
+        project(self._z, self._constraints)
         self._z_hat: Vector = self._z.astype(z.dtype)
         self._members: dict[str, Member] = {}
         self._H = np.zeros(z.size)
@@ -267,7 +267,7 @@ class Consensus:
         self._contributors.append(device)
 
     def close_round(self, transmit: Callable[[Vector], Vector] | None = None) -> RoundReport:
-        """z has made its step and lies within the bounds, z_hat is published, and a new round may open.
+        """z has made its step and lies within the constraints, z_hat is published, and a new round may open.
 
         transmit: codes the difference z - z_hat, (p,), and returns what every client will decode; z_hat advances
         by that. Without it z_hat is z, rounded. z_hat itself is not projected when a code moved it. A round to
@@ -277,7 +277,7 @@ class Consensus:
         correction = self._H / self._R if self._adds_duals and self._R > 0.0 else np.zeros(self._z.size)
         if self._contributors:
             self._z = self._z_hat + self._mean_sum / self._mean_weight + correction
-            project(self._z, self._bounds)
+            project(self._z, self._constraints)
             self._publish(transmit)
         report = self._report(float(np.linalg.norm(self._z - previous)), float(np.linalg.norm(correction)))
         self._cohort = frozenset()
@@ -309,12 +309,12 @@ class Consensus:
         snapshot: Mapping[str, Any],
         *,
         method: Method,
-        bounds: Sequence[RowBound] = (),
+        constraints: Sequence[Constraint] = (),
         duals: DualStore | None = None,
     ) -> "Consensus":
-        """A consensus that continues bit for bit; method, bounds and duals are those of the snapshot's owner."""
+        """A consensus that continues bit for bit; method, constraints and duals are those of the snapshot's owner."""
         arrays, scalars = snapshot["arrays"], snapshot["scalars"]
-        restored = cls(arrays["z_hat"], method=method, bounds=bounds, duals=duals)
+        restored = cls(arrays["z_hat"], method=method, constraints=constraints, duals=duals)
         restored._z, restored._z_hat = arrays["z"].copy(), arrays["z_hat"].copy()
         restored._H, restored._R = arrays["H"].copy(), scalars["R"]
         restored._mean_sum, restored._mean_weight = arrays["mean_sum"].copy(), scalars["mean_weight"]

@@ -5,13 +5,15 @@ random numbers; `model.DEQ` puts views of its flat vectors in their place. z, in
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedeq_edge.deq.adjoints import AdjointStep
 from fedeq_edge.deq.spec import CELL_KERNEL, Convolution, ModelSpec
+from fedeq_edge.deq.wellposed import step_size
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "softplus": functional.softplus}
 
@@ -25,6 +27,15 @@ class Cell(Protocol):
 
     def step(self, z: Tensor, injection: Tensor) -> Tensor:
         """f(z, injection): the unit in which budgets count."""
+        ...
+
+
+@runtime_checkable
+class LinearisableCell(Cell, Protocol):
+    """A cell whose products with J^T = (df/dz)^T have a formula: backward then needs no graph of z."""
+
+    def linearise(self, value: Tensor) -> AdjointStep:
+        """(v, u) -> v + J^T u at the z with f(z, injection) = `value` (B, ...)."""
         ...
 
 
@@ -88,6 +99,7 @@ class ContractiveCell(nn.Module):
         taps = (CELL_KERNEL,) * spec.spatial
         self.weight = nn.Parameter(torch.empty(spec.channels, spec.channels, *taps, device="meta"))
         self._linear = (_dense, _conv1d, _conv2d)[spec.spatial]
+        self._transposed = (_dense_transposed, _conv1d_transposed, _conv2d_transposed)[spec.spatial]
 
     def start(self, injection: Tensor) -> Tensor:
         """tanh(u): the answer without W, within gamma of the fixed point and free of an evaluation."""
@@ -96,6 +108,47 @@ class ContractiveCell(nn.Module):
     def step(self, z: Tensor, injection: Tensor) -> Tensor:
         """tanh(W * z + u)."""
         return torch.tanh(self._linear(z, self.weight, injection))
+
+    def linearise(self, value: Tensor) -> AdjointStep:
+        """J^T u = W^T * (u (1 - value^2)): one fused product, or one transposed convolution."""
+        slope, weight, transposed = 1.0 - value * value, self.weight.detach(), self._transposed
+        return lambda v, u: transposed(v, u * slope, weight)
+
+
+class MonotoneCell(nn.Module):
+    """z = relu(W z + u), solved by f_a(z, u) = relu((1 - a) z + a (W z + u)): the same z* for every step a > 0.
+
+    Forward-backward splitting of a monotone inclusion: a contraction while theta is constrained, even where |W| > 1
+    (wellposed.py; Winston & Kolter, NeurIPS 2020). W is used as it travels, a is a scalar of each product.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(spec.channels, spec.channels, device="meta"))
+        self.step_size = 1.0
+
+    def choose_step(self) -> None:
+        """a is the one for the present W: to be called whenever W has moved, or f_a may stop contracting."""
+        self.step_size = step_size(self.weight.detach().numpy())
+
+    def start(self, injection: Tensor) -> Tensor:
+        """relu(a u) = f_a(0): an evaluation from zero that costs none."""
+        return torch.relu(self.step_size * injection)
+
+    def step(self, z: Tensor, injection: Tensor) -> Tensor:
+        """relu((1 - a) z + a (W z + u))."""
+        a = self.step_size
+        return torch.addmm(injection, z, self.weight.t(), beta=a, alpha=a).add_(z, alpha=1.0 - a).relu_()
+
+    def linearise(self, value: Tensor) -> AdjointStep:
+        """J^T u = (1 - a) u_+ + a W^T u_+, where u_+ is u at the states above 0."""
+        a, above, weight = self.step_size, value > 0.0, self.weight.detach()
+
+        def adjoint(v: Tensor, u: Tensor) -> Tensor:
+            passed = u * above
+            return torch.addmm(v, passed, weight, alpha=a).add_(passed, alpha=1.0 - a)
+
+        return adjoint
 
 
 class ResidualCell(nn.Module):
@@ -132,8 +185,10 @@ def build_stem(spec: ModelSpec) -> AffineStem | TwoStageStem:
     return TwoStageStem(spec) if spec.spatial and spec.stem_width is not None else AffineStem(spec)
 
 
-def build_cell(spec: ModelSpec) -> ContractiveCell | ResidualCell:
+def build_cell(spec: ModelSpec) -> ContractiveCell | MonotoneCell | ResidualCell:
     """The cell that the spec describes, its parameters not yet in memory."""
+    if spec.cell == "monotone":
+        return MonotoneCell(spec)
     return ContractiveCell(spec) if spec.cell == "contractive" else ResidualCell(spec)
 
 
@@ -147,6 +202,18 @@ def _conv1d(z: Tensor, weight: Tensor, injection: Tensor) -> Tensor:
 
 def _conv2d(z: Tensor, weight: Tensor, injection: Tensor) -> Tensor:
     return functional.conv2d(z, weight, padding=CELL_KERNEL // 2) + injection
+
+
+def _dense_transposed(v: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(v, u, weight)
+
+
+def _conv1d_transposed(v: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+    return functional.conv_transpose1d(u, weight, padding=CELL_KERNEL // 2).add_(v)
+
+
+def _conv2d_transposed(v: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+    return functional.conv_transpose2d(u, weight, padding=CELL_KERNEL // 2).add_(v)
 
 
 def _convolution(stage: Convolution, spatial: int, *, bias: bool) -> nn.Conv1d | nn.Conv2d:

@@ -4,24 +4,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge.consensus.constraint import project
-from fedeq_edge.deq.layout import Layout, Slot, head_layout, row_bounds, size, theta_layout
+from fedeq_edge.deq.layout import Layout, Slot, constraints, head_layout, size, theta_layout
 from fedeq_edge.deq.spec import ModelSpec
 
 # Published: N(0, 0.01^2) with softplus (algorithm.md section 1). The compact ReLU block starts at 0.05.
 RESIDUAL_DEVIATION = {"softplus": 0.01, "relu": 0.05}
-# Half of the usual 1/sqrt(fan_in): most rows then start inside the l1 ball's reach, and projection only trims them.
-CONTRACTIVE_GAIN = 0.5
+# Half of the usual 1/sqrt(fan_in): a dense W then starts near |W|_2 = 1 and its symmetric part near 0.7, so that
+# projection only trims it.
+WELL_POSED_GAIN = 0.5
 
 
 def initial(spec: ModelSpec, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(theta (p,), head (h,)): the same numbers for the same spec and seed, theta inside its constraint set.
 
-    Weights ~ N(0, 1 / fan_in), contractive W half as wide and then projected, residual convolutions as published,
-    GroupNorm scales 1, biases 0.
+    Weights ~ N(0, 1 / fan_in), W of a contractive or monotone cell half as wide and then projected, residual
+    convolutions as published, GroupNorm scales 1, biases 0.
     """
     generator = np.random.default_rng(seed)
     theta = _draw(spec, theta_layout(spec), generator)
-    project(theta, row_bounds(spec))
+    project(theta, constraints(spec))
     return theta, _draw(spec, head_layout(spec), generator)
 
 
@@ -38,7 +39,7 @@ def _draw(spec: ModelSpec, layout: Layout, generator: np.random.Generator) -> ND
 def _deviation(spec: ModelSpec, slot: Slot) -> float:
     fan_in = slot.size // slot.shape[0]
     if slot.name == "cell.weight":
-        return CONTRACTIVE_GAIN / float(np.sqrt(fan_in))
+        return WELL_POSED_GAIN / float(np.sqrt(fan_in))
     if slot.name.startswith("cell."):
         return RESIDUAL_DEVIATION[spec.activation]
     return 1.0 / float(np.sqrt(fan_in))

@@ -10,7 +10,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from fedeq_edge.consensus.constraint import RowBound
+from fedeq_edge.consensus.constraint import Constraint, MonotoneBound, RowBound, SpectralBound
 from fedeq_edge.deq.spec import CELL_KERNEL, ModelSpec
 
 Shape = tuple[int, ...]
@@ -57,13 +57,22 @@ def size(layout: Layout) -> int:
     return layout[-1].end
 
 
-def row_bounds(spec: ModelSpec) -> tuple[RowBound, ...]:
-    """Rows of theta that must stay on an l1 ball: those of a contractive cell's W; none otherwise."""
-    if spec.cell != "contractive" or spec.radius is None:
+def cell_weight(spec: ModelSpec) -> Slot:
+    """The slot of W, (channels, channels, *taps), in a contractive or monotone cell."""
+    return next(slot for slot in theta_layout(spec) if slot.name == "cell.weight")
+
+
+def constraints(spec: ModelSpec) -> tuple[Constraint, ...]:
+    """The convex set that keeps the cell well posed, as a condition on its W; none for a residual or a free cell."""
+    if spec.cell == "residual" or spec.radius is None:
         return ()
-    weight = next(slot for slot in theta_layout(spec) if slot.name == "cell.weight")
-    rows = weight.shape[0]
-    return (RowBound(offset=weight.offset, rows=rows, cols=weight.size // rows, radius=spec.radius),)
+    weight = cell_weight(spec)
+    rows, cols, taps = spec.channels, spec.channels, prod(weight.shape[2:])
+    if spec.cell == "monotone":
+        return (MonotoneBound(offset=weight.offset, size=rows, radius=spec.radius),)
+    if spec.norm == "spectral":
+        return (SpectralBound(offset=weight.offset, rows=rows, cols=cols, taps=taps, radius=spec.radius),)
+    return (RowBound(offset=weight.offset, rows=rows, cols=cols * taps, radius=spec.radius),)
 
 
 def _stem_shapes(spec: ModelSpec) -> list[tuple[str, Shape]]:
@@ -81,7 +90,7 @@ def _stem_shapes(spec: ModelSpec) -> list[tuple[str, Shape]]:
 
 def _cell_shapes(spec: ModelSpec) -> list[tuple[str, Shape]]:
     taps = (CELL_KERNEL,) * spec.spatial
-    if spec.cell == "contractive":
+    if spec.cell != "residual":
         return [("cell.weight", (spec.channels, spec.channels, *taps))]
     return [
         ("cell.conv1.weight", (spec.inner, spec.channels, *taps)),

@@ -8,11 +8,15 @@ import msgspec
 
 from fedeq_edge.errors import ConfigError
 
-CellKind = Literal["contractive", "residual"]
+CellKind = Literal["contractive", "monotone", "residual"]
+CellNorm = Literal["max", "spectral"]
 Activation = Literal["softplus", "relu"]
 
 # Taps per spatial dimension in every convolutional cell, as published (3x3); zero padding 1 keeps the state's shape.
 CELL_KERNEL = 3
+
+# Below this norm a state counts as zero in the relative residual |f(z) - z| / max(|f(z)|, 1e-9) of every backend.
+SMALLEST_NORM = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +45,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """An equilibrium model: stem, cell, pooled linear head. Raises ConfigError where the parts do not fit.
 
     input_shape: one sample, (features,), (channels, length) or (channels, height, width): a dense, 1-D or 2-D model.
-    cell:  contractive: z = tanh(W * z + u), rows of W (over taps and input channels) on the l1 ball of `radius` < 1,
-           hence well posed (wellposed.py); radius None leaves W free. z0 = tanh(u).
+    cell:  contractive: z = tanh(W * z + u), W in the ball of `radius` < 1 of `norm`, hence well posed (wellposed.py);
+           radius None leaves W free. z0 = tanh(u).
+           monotone: z = relu(W z + u), dense, eigenvalues of (W + W') / 2 at most `radius` < 1, hence well posed with
+           |W| of any size. z0 = relu(a u), each evaluation goes the share a (wellposed.py) of the way.
            residual: the published block z = GN(act(z + GN(u + conv(GN(act(conv z)))))), no convolution bias; z0 = u.
+    norm:  of a contractive cell. max: l1 norms of the rows of W, over taps and input channels, that is |W|_inf.
+           spectral: largest singular values, added up over the taps. Rows are cheaper to project; the spectral ball
+           holds matrices whose rows are up to sqrt(channels) times longer.
     activation: of the residual block; softplus is the published one.
     channels: of the state (its width in a dense model). inner_channels: between the residual block's two convolutions
            (None: as `channels`). groups: of a GroupNorm over `channels`; other widths keep its channels per group.
@@ -63,6 +72,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     inner_channels: int | None = None
     groups: int = 8
     radius: float | None = 0.9
+    norm: CellNorm = "max"
     stem_kernel: int = 3
     stem_stride: int = 1
     stem_width: int | None = None
@@ -74,6 +84,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Refuse what cannot be built."""
         _check_sizes(self)
         _check_dense(self)
+        _check_kind(self)
         _check_groups(self)
         _check_radius(self)
         _check_normalisation(self)
@@ -176,6 +187,18 @@ def _check_dense(spec: ModelSpec) -> None:
         )
 
 
+def _check_kind(spec: ModelSpec) -> None:
+    if spec.cell == "monotone" and spec.spatial:
+        raise ConfigError(
+            f'model: cell "monotone" is dense, but input_shape {spec.input_shape} is not; use cell = "contractive" '
+            f'with norm = "spectral", or flatten the samples to ({prod(spec.input_shape)},)'
+        )
+    if spec.cell == "monotone" and spec.radius is None:
+        raise ConfigError('model: a monotone cell needs a radius below 1; for a free one use cell = "contractive"')
+    if spec.cell != "contractive" and spec.norm != "max":
+        raise ConfigError(f'model: norm = "{spec.norm}" belongs to cell = "contractive"; remove it or change the cell')
+
+
 def _check_groups(spec: ModelSpec) -> None:
     normalised = {"stem_width": spec.stem_width}
     if spec.cell == "residual":
@@ -199,7 +222,7 @@ def _check_groups(spec: ModelSpec) -> None:
 def _check_radius(spec: ModelSpec) -> None:
     if spec.radius is not None and not 0.0 < spec.radius < 1.0:
         raise ConfigError(
-            f"model: radius is {spec.radius}; a contraction needs 0 < radius < 1 (None leaves the cell unconstrained)"
+            f"model: radius is {spec.radius}; well-posedness needs 0 < radius < 1 (None leaves a contractive cell free)"
         )
 
 

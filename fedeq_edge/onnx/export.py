@@ -5,11 +5,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.deq.wellposed import contraction_rate
+from fedeq_edge.deq.wellposed import certificate
 from fedeq_edge.errors import ExportError, StateError
 
 try:
@@ -54,7 +55,7 @@ def export(
         "fedeq.labels": json.dumps(_labels(spec, labels), ensure_ascii=False),
         "fedeq.round": str(round_number),
     }
-    model = _build(spec, theta, head, recipe, entries)
+    model = _build(spec, theta, head, recipe, entries, budget)
     verification = verify(model, spec, theta, head, budget=budget, tol=accuracy)
     _accept(verification, path, recipe)
     try:
@@ -77,12 +78,13 @@ def _build(
     head: NDArray[np.float32],
     recipe: Recipe,
     entries: Mapping[str, str],
+    budget: int,
 ) -> bytes:
     """The bytes of the model, structurally valid by the rules of onnx."""
     weights = named_weights(spec, theta, head)
     model = build(spec, weights, opset=recipe.opset, ir_version=recipe.ir_version)
     # Sorted, so that the bytes do not depend on the order in which a caller wrote them.
-    onnx.helper.set_model_props(model, dict(sorted({**entries, **_facts(spec, theta, head)}.items())))
+    onnx.helper.set_model_props(model, dict(sorted({**entries, **_facts(spec, theta, head, budget)}.items())))
     try:
         onnx.checker.check_model(model, full_check=True)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -93,12 +95,17 @@ def _build(
     return content
 
 
-def _facts(spec: ModelSpec, theta: NDArray[np.float32], head: NDArray[np.float32]) -> dict[str, str]:
-    """Metadata that follows from the parameters: their digest and, for a well-posed cell, its contraction rate."""
+def _facts(spec: ModelSpec, theta: NDArray[np.float32], head: NDArray[np.float32], budget: int) -> dict[str, str]:
+    """Metadata that follows from the parameters: their digest and, for a well-posed cell, rate and certificate.
+
+    fedeq.certificate: the fields of `wellposed.Certificate` as JSON, for the file's default budget.
+    """
     parameters = theta.astype("<f4").tobytes() + head.astype("<f4").tobytes()
     facts = {"fedeq.weights_sha256": hashlib.sha256(parameters).hexdigest()}
-    if spec.cell == "contractive" and (gamma := contraction_rate(theta, spec)) < 1.0:
-        facts["fedeq.gamma"] = f"{gamma:.6g}"
+    proven = certificate(theta, spec, budget)
+    if proven is not None:
+        facts["fedeq.gamma"] = f"{proven.gamma:.6g}"
+        facts["fedeq.certificate"] = msgspec.json.encode(proven).decode()
     return facts
 
 

@@ -15,6 +15,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from fedeq_edge.deq.layout import head_layout, size, theta_layout
 from fedeq_edge.deq.spec import CELL_KERNEL, Convolution, ModelSpec
+from fedeq_edge.deq.wellposed import step_size
 from fedeq_edge.errors import ExportError
 
 Weights = Mapping[str, NDArray[np.float32]]
@@ -69,7 +70,7 @@ def stem(spec: ModelSpec, weights: Weights) -> Part:
         _two_stages(part, spec, weights, value)
     else:
         _affine(part, spec, weights, value)
-    part.apply("Tanh" if spec.cell == "contractive" else "Identity", "injection", name="z_0")
+    _start(part, spec, weights)
     return part
 
 
@@ -81,6 +82,8 @@ def cell(spec: ModelSpec, weights: Weights) -> Part:
     elif spec.spatial:
         mapped = _convolve(part, weights, "cell.weight", None, "z", _cell_stage(spec.channels, spec.channels))
         part.apply("Tanh", part.apply("Add", mapped, "injection"), name="f")
+    elif spec.cell == "monotone":
+        _forward_backward(part, weights)
     else:
         weight = part.constant(weights["cell.weight"], "cell.weight")
         part.apply("Tanh", part.apply("Gemm", "z", weight, "injection", transB=1), name="f")
@@ -120,6 +123,24 @@ def _two_stages(part: Part, spec: ModelSpec, weights: Weights, value: str) -> No
     hidden = part.apply("Relu", _group_norm(part, spec, weights, "stem.norm1", hidden, lengths))
     hidden = _convolve(part, weights, "stem.conv2.weight", None, hidden, second)
     _group_norm(part, spec, weights, "stem.norm2", hidden, spec.state_shape[1:], name="injection")
+
+
+def _start(part: Part, spec: ModelSpec, weights: Weights) -> None:
+    """injection -> z_0."""
+    if spec.cell == "monotone":
+        a = part.constant(np.array(step_size(weights["cell.weight"]), dtype=np.float32))
+        part.apply("Relu", part.apply("Mul", "injection", a), name="z_0")
+    else:
+        part.apply("Tanh" if spec.cell == "contractive" else "Identity", "injection", name="z_0")
+
+
+def _forward_backward(part: Part, weights: Weights) -> None:
+    """relu((1 - a) z + a (W z + u)) as one product: the file's weights do not move, so (1 - a) I + a W is stored."""
+    weight = weights["cell.weight"].astype(np.float64)
+    a = step_size(weight)
+    blended = (1.0 - a) * np.eye(len(weight)) + a * weight
+    constant = part.constant(blended.astype(np.float32), "cell.weight")
+    part.apply("Relu", part.apply("Gemm", "z", constant, "injection", transB=1, beta=a), name="f")
 
 
 def _residual_block(part: Part, spec: ModelSpec, weights: Weights) -> None:

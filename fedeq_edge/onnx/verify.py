@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedeq_edge.deq.method import Picard
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.onnx.runtime import Prediction, Predictor
@@ -137,7 +138,7 @@ def _settle_ties(
 
 def _answer(reference: DEQ, x: NDArray[np.floating], budget: int, tol: float) -> _Answer:
     with torch.no_grad():
-        output = reference(torch.from_numpy(x), budget=_Budget(budget), tol=tol)
+        output = reference(torch.from_numpy(x), budget=_Budget(budget), tol=tol or None, solver=Picard(check_every=1))
     return _Answer(output.logits.numpy(), output.evaluations.numpy())
 
 

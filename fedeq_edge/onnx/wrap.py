@@ -15,12 +15,8 @@ import numpy as np
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from fedeq_edge import __version__
-from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.deq.spec import SMALLEST_NORM, ModelSpec
 from fedeq_edge.onnx.graph import Part, Weights, cell, head, stem
-
-# Below this norm a state counts as zero in the relative residual; equal to SMALLEST_NORM of deq/solvers.py, which
-# cannot be imported here without torch (a test holds the two together).
-SMALLEST_NORM = 1e-6
 
 
 def build(spec: ModelSpec, weights: Weights, *, opset: int, ir_version: int) -> ModelProto:

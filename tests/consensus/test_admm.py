@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fedeq_edge.consensus.admm import Consensus, advance_dual
-from fedeq_edge.consensus.constraint import RowBound, feasible
+from fedeq_edge.consensus.constraint import Constraint, RowBound, feasible
 from fedeq_edge.consensus.methods import METHODS, Method, method
 from fedeq_edge.errors import ContributionError
 
@@ -85,9 +85,9 @@ def tuned(name: str, **changes: object) -> Method:
 
 
 def assemble(
-    setting: Method, *, z: Array = START, bounds: Sequence[RowBound] = ()
+    setting: Method, *, z: Array = START, constraints: Sequence[Constraint] = ()
 ) -> tuple[Consensus, dict[str, Client]]:
-    consensus = Consensus(z, method=setting, bounds=bounds)
+    consensus = Consensus(z, method=setting, constraints=constraints)
     for name, samples in zip(NAMES, SAMPLES, strict=True):
         consensus.join(name, samples)
     return consensus, {name: Client(problem) for name, problem in PROBLEMS.items()}
@@ -329,7 +329,7 @@ def test_four_bit_differences_both_ways_leave_the_fixed_point_where_it_is() -> N
 
 def test_z_stays_feasible_although_the_dual_step_leaves_the_set() -> None:
     bounds = (RowBound(offset=0, rows=3, cols=5, radius=0.9),)
-    consensus, clients = assemble(tuned("admm", rho=0.3), bounds=bounds)
+    consensus, clients = assemble(tuned("admm", rho=0.3), constraints=bounds)
     free, others = assemble(tuned("admm", rho=0.3))
     left = False
     for names in cohorts(60, 2):
@@ -342,7 +342,7 @@ def test_z_stays_feasible_although_the_dual_step_leaves_the_set() -> None:
 
 def test_a_start_outside_the_set_is_projected() -> None:
     bounds = (RowBound(offset=0, rows=2, cols=10, radius=0.9),)
-    consensus, _ = assemble(tuned("admm"), bounds=bounds)
+    consensus, _ = assemble(tuned("admm"), constraints=bounds)
     assert feasible(consensus.z_hat, bounds)
 
 

@@ -14,6 +14,9 @@ SPECS = {
     "two stages": ModelSpec(
         input_shape=(1, 12, 10), classes=4, channels=8, groups=4, stem_kernel=5, stem_stride=2, stem_width=4, pool=2
     ),
+    "spectral": ModelSpec(input_shape=(12,), classes=3, channels=10, norm="spectral"),
+    "spectral image": ModelSpec(input_shape=(1, 6, 7), classes=3, channels=4, norm="spectral", radius=0.8, pool=2),
+    "monotone": ModelSpec(input_shape=(12,), classes=3, cell="monotone", channels=10, radius=0.7),
     "free": ModelSpec(input_shape=(12,), classes=3, channels=10, radius=None),
     "residual sequence": ModelSpec(
         input_shape=(2, 16), classes=3, cell="residual", channels=8, inner_channels=12, groups=4, pool=2

@@ -46,6 +46,12 @@ def test_a_spec_survives_the_wire_and_refuses_unknown_fields() -> None:
         msgspec.json.decode(b'{"input_shape": [4], "classes": 2, "chanels": 8}', type=ModelSpec)
 
 
+def test_a_spec_written_before_there_were_norms_and_monotone_cells_means_what_it_meant() -> None:
+    old = b'{"input_shape":[9,128],"classes":6,"cell":"contractive","channels":32,"radius":0.9,"stem_kernel":12}'
+    spec = msgspec.json.decode(old, type=ModelSpec)
+    assert (spec.cell, spec.norm, spec.radius) == ("contractive", "max", 0.9)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -64,6 +70,10 @@ def test_a_spec_survives_the_wire_and_refuses_unknown_fields() -> None:
         ({"radius": 1.0}, "0 < radius < 1"),
         ({"radius": 0.0}, "0 < radius < 1"),
         ({"radius": float("nan")}, "0 < radius < 1"),
+        ({"cell": "monotone"}, r"flatten the samples to \(64,\)"),
+        ({"cell": "monotone", "input_shape": (64,), "radius": None}, "monotone cell needs a radius"),
+        ({"cell": "residual", "norm": "spectral"}, 'belongs to cell = "contractive"'),
+        ({"cell": "monotone", "input_shape": (64,), "norm": "spectral"}, 'belongs to cell = "contractive"'),
         ({"shift": (0.1, 0.2)}, "shift has 2 values"),
         ({"scale": (0.0,)}, "above 0"),
         ({"stem_stride": 8, "pool": 2}, "pooling grid of 2"),

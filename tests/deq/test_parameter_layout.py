@@ -1,11 +1,14 @@
 """Flat vectors: what lies where, and how it starts."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from fedeq_edge.consensus.constraint import feasible
+from fedeq_edge.consensus.constraint import Constraint, MonotoneBound, RowBound, SpectralBound, feasible
 from fedeq_edge.deq.initial import initial
-from fedeq_edge.deq.layout import head_layout, row_bounds, size, theta_layout
+from fedeq_edge.deq.layout import cell_weight, constraints, head_layout, size, theta_layout
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import ModelSpec
 
@@ -61,16 +64,31 @@ def test_the_same_seed_gives_the_same_start_and_another_seed_another(spec: Model
 
 def test_the_start_lies_in_the_constraint_set(spec: ModelSpec) -> None:
     theta, _ = initial(spec, 0)
-    assert feasible(theta, row_bounds(spec))
+    assert feasible(theta, constraints(spec), tolerance=0.0)
 
 
-def test_only_the_rows_of_a_constrained_cell_are_bounded() -> None:
-    constrained = ModelSpec(input_shape=(2, 16), classes=3, channels=6)
-    (bound,) = row_bounds(constrained)
-    weight = theta_layout(constrained)[-1]
-    assert (bound.offset, bound.rows, bound.cols, bound.radius) == (weight.offset, 6, 18, 0.9)
-    assert row_bounds(ModelSpec(input_shape=(2, 16), classes=3, radius=None)) == ()
-    assert row_bounds(ModelSpec(input_shape=(2, 16), classes=3, cell="residual")) == ()
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"input_shape": (2, 16)}, RowBound(offset=0, rows=6, cols=18, radius=0.9)),
+        ({"input_shape": (2, 16), "norm": "spectral"}, SpectralBound(offset=0, rows=6, cols=6, taps=3, radius=0.9)),
+        ({"input_shape": (1, 5, 5), "norm": "spectral"}, SpectralBound(offset=0, rows=6, cols=6, taps=9, radius=0.9)),
+        ({"input_shape": (5,), "norm": "spectral"}, SpectralBound(offset=0, rows=6, cols=6, radius=0.9)),
+        ({"input_shape": (5,), "cell": "monotone", "radius": 0.5}, MonotoneBound(offset=0, size=6, radius=0.5)),
+    ],
+)
+def test_the_weight_of_a_constrained_cell_is_bounded_as_the_spec_says(
+    fields: dict[str, Any], expected: Constraint
+) -> None:
+    spec = ModelSpec(classes=3, channels=6, **fields)
+    (constraint,) = constraints(spec)
+    assert constraint == replace(expected, offset=cell_weight(spec).offset)
+    assert cell_weight(spec).size == np.prod(constraint.shape)
+
+
+def test_free_and_residual_cells_are_not_constrained() -> None:
+    assert constraints(ModelSpec(input_shape=(2, 16), classes=3, radius=None)) == ()
+    assert constraints(ModelSpec(input_shape=(2, 16), classes=3, cell="residual")) == ()
 
 
 def test_norms_start_as_the_identity_and_biases_at_zero() -> None:

@@ -13,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedeq_edge.deq import solvers
+from fedeq_edge.consensus.constraint import project
 from fedeq_edge.deq.initial import initial
-from fedeq_edge.deq.layout import theta_layout
+from fedeq_edge.deq.layout import cell_weight, constraints, theta_layout
+from fedeq_edge.deq.method import Picard
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import ModelSpec, published
 from fedeq_edge.errors import ConfigError, ExportError
@@ -29,6 +30,8 @@ Vector = NDArray[np.float32]
 SPECS = {
     "dense": ModelSpec(input_shape=(20,), classes=5, channels=12, shift=(0.5,), scale=(2.0,)),
     "dense unconstrained": ModelSpec(input_shape=(7,), classes=3, channels=9, radius=None),
+    "dense spectral": ModelSpec(input_shape=(20,), classes=5, channels=12, norm="spectral"),
+    "monotone": ModelSpec(input_shape=(20,), classes=5, cell="monotone", channels=12, radius=0.5, shift=(0.5,)),
     "sequence": ModelSpec(input_shape=(9, 64), classes=6, channels=16, stem_kernel=12, stem_stride=4),
     "sequence, pooled": ModelSpec(input_shape=(2, 21), classes=4, channels=8, pool=4, shift=(1.0, -3.0)),
     "image": ModelSpec(input_shape=(1, 8, 8), classes=10, channels=16, pool=2),
@@ -59,7 +62,9 @@ def torch_answer(spec: ModelSpec, theta: Vector, head: Vector, x: Vector, K: int
     model = DEQ(spec)
     model.load(theta, head)
     with torch.no_grad():
-        output = model(torch.from_numpy(x), budget=Budget(forward=K, adjoint=0), tol=tol)
+        output = model(
+            torch.from_numpy(x), budget=Budget(forward=K, adjoint=0), tol=tol or None, solver=Picard(check_every=1)
+        )
     return output.logits.numpy(), output.evaluations.numpy()
 
 
@@ -76,7 +81,7 @@ def test_every_kind_of_model_answers_as_torch_does(name: str, tmp_path: Path) ->
     assert verification.samples == 82
 
 
-@pytest.mark.parametrize("name", ["dense", "sequence", "image", "residual relu"])
+@pytest.mark.parametrize("name", ["dense", "monotone", "sequence", "image", "residual relu"])
 @pytest.mark.parametrize(("budget", "tol"), [(1, 1e-4), (3, 1e-4), (30, 1e-2), (30, 1e-5), (5, 0.0)])
 def test_budget_and_tolerance_given_per_call_are_honoured(name: str, budget: int, tol: float, tmp_path: Path) -> None:
     spec = SPECS[name]
@@ -101,11 +106,12 @@ specs: st.SearchStrategy[dict[str, object]] = st.builds(
         st.tuples(st.integers(1, 3), st.integers(1, 11), st.integers(1, 11)),
     ),
     classes=st.integers(2, 5),
-    cell=st.sampled_from(["contractive", "residual"]),
+    cell=st.sampled_from(["contractive", "monotone", "residual"]),
     activation=st.sampled_from(["relu", "softplus"]),
     channels=st.sampled_from([4, 8]),
     groups=st.sampled_from([1, 2, 4]),
     radius=st.sampled_from([0.5, 0.9]),
+    norm=st.sampled_from(["max", "spectral"]),
     stem_kernel=st.integers(1, 5),
     stem_stride=st.integers(1, 3),
     stem_width=st.sampled_from([None, 8]),
@@ -158,7 +164,36 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     assert predictor.metadata["fedeq.round"] == "15"
     assert predictor.metadata["device"] == "pi4-02"
     assert float(predictor.metadata["fedeq.gamma"]) == pytest.approx(0.9, abs=1e-3)
+    assert json.loads(predictor.metadata["fedeq.certificate"]) == {
+        "norm": "max",
+        "gamma": pytest.approx(0.9, abs=1e-3),
+        "evaluations": 6,
+        "bound": pytest.approx(0.9**7, rel=1e-2),
+        "unit": "state",
+    }
     assert len(predictor.metadata["fedeq.weights_sha256"]) == 64
+
+
+def test_the_certificate_of_a_monotone_file_holds_for_what_the_file_computes(tmp_path: Path) -> None:
+    """Logits of K and of very many evaluations differ by no more than the head can make of the certified error."""
+    spec = SPECS["monotone"]
+    theta, head = lively(spec)
+    cell_weight(spec).view(theta)[:] *= 3.0
+    project(theta, constraints(spec))
+    export(spec, theta, head, tmp_path / "model.onnx", budget=8)
+    predictor = Predictor(tmp_path / "model.onnx")
+    certificate = json.loads(predictor.metadata["fedeq.certificate"])
+    x = np.random.default_rng(6).standard_normal((16, 20), dtype=np.float32)
+
+    early, late = (predictor.infer(x, budget=K, tol=0.0).logits for K in (8, 2000))
+
+    injection = (x - 0.5) @ theta_layout(spec)[0].view(theta).T + theta_layout(spec)[1].view(theta)
+    norms = np.linalg.norm(injection, axis=1)
+    steepest = np.linalg.norm(head[: 5 * 12].reshape(5, 12), 2)
+    assert certificate["unit"] == "injection"
+    assert np.linalg.norm(cell_weight(spec).view(theta), 2) > 1.0
+    assert (np.linalg.norm(early - late, axis=1) <= steepest * certificate["bound"] * norms).all()
+    assert np.abs(early - late).max() > 1e-4
 
 
 @pytest.mark.parametrize(("name", "stretch"), [("residual relu", 1), ("image", 2)])
@@ -166,7 +201,7 @@ def test_a_cell_that_is_not_well_posed_claims_no_rate(name: str, stretch: int, t
     theta, head = lively(SPECS[name])
     export(SPECS[name], stretch * theta, head, tmp_path / "model.onnx", budget=3)
 
-    assert "fedeq.gamma" not in Predictor(tmp_path / "model.onnx").metadata
+    assert not {"fedeq.gamma", "fedeq.certificate"} & Predictor(tmp_path / "model.onnx").metadata.keys()
 
 
 def test_weights_stand_inside_the_loop(tmp_path: Path) -> None:
@@ -177,10 +212,6 @@ def test_weights_stand_inside_the_loop(tmp_path: Path) -> None:
 
     assert "cell.weight" in {constant.name for constant in body.initializer}
     assert "stem.map.weight" in {constant.name for constant in model.graph.initializer}
-
-
-def test_both_sides_call_the_same_norm_zero() -> None:
-    assert wrap.SMALLEST_NORM == solvers.SMALLEST_NORM
 
 
 def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
