@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedeq_edge.consensus.constraint import project
-from fedeq_edge.deq.adjoints import Adjoint, AdjointReport, KTerm, attach
-from fedeq_edge.deq.cell import build_cell, build_stem
-from fedeq_edge.deq.layout import Layout, head_layout, row_bounds, size, theta_layout
+from fedeq_edge.deq.adjoints import Adjoint, AdjointReport, KTerm
+from fedeq_edge.deq.cell import LinearisableCell, MonotoneCell, build_cell, build_stem
+from fedeq_edge.deq.layout import Layout, constraints, head_layout, size, theta_layout
+from fedeq_edge.deq.method import Picard, Solver
+from fedeq_edge.deq.penalty import jacobian_penalty
 from fedeq_edge.deq.solution import Solution
-from fedeq_edge.deq.solvers import Solver, StepFunction, iterate, relative_residual, solve
+from fedeq_edge.deq.solvers import StepFunction, iterate, solve
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError
 
@@ -39,12 +41,15 @@ class Budget(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """Forward pass of a batch. logits (B, classes); features (B, spec.features), the head's input;
-    residual (B,) of the last evaluation; evaluations (B,) int64; report of the backward pass, None without gradient.
+    """Forward pass of a batch. logits (B, classes); features (B, spec.features), the head's input; state (B,
+    *state_shape), the last evaluation, without graph; injection, as large; residual (B,) of the last evaluation;
+    evaluations (B,) int64; report of the backward pass, None without gradient.
     """
 
     logits: Tensor
     features: Tensor
+    state: Tensor
+    injection: Tensor
     residual: Tensor
     evaluations: Tensor
     report: AdjointReport | None
@@ -67,8 +72,9 @@ class DEQ(nn.Module):
         self.theta, self.theta_grad = _bind(self, theta_layout(spec), dtype)
         self.head_vector, self.head_grad = _bind(self, head_layout(spec), dtype)
         self._leaves = list(self.parameters())
-        self._bounds = row_bounds(spec)
+        self._constraints = constraints(spec)
         self._windows = spec.pool_windows
+        self._linearise = self.cell.linearise if isinstance(self.cell, LinearisableCell) else None
 
     def __deepcopy__(self, memo: dict[int, object]) -> "DEQ":
         # torch copies parameter by parameter and would cut the copy's views.
@@ -76,21 +82,26 @@ class DEQ(nn.Module):
         twin = DEQ(self.spec, dtype=self.theta.dtype)
         for name in ("theta", "theta_grad", "head_vector", "head_grad"):
             getattr(twin, name).copy_(getattr(self, name))
+        twin._follow_theta()
         return twin
 
     def load(self, theta: NDArray[np.floating], head: NDArray[np.floating]) -> None:
-        """The module computes with these parameters, copies of theta (p,) and head (h,); ConfigError on sizes."""
-        for name, flat, vector in (("theta", self.theta, theta), ("head", self.head_vector, head)):
-            if vector.shape != flat.shape:
-                raise ConfigError(
-                    f"model: {name} has shape {vector.shape}, this spec needs {tuple(flat.shape)}; "
-                    "was it made for another model?"
-                )
-            flat.copy_(torch.from_numpy(np.ascontiguousarray(vector)))
+        """The module computes with these parameters, copies of theta (p,) and head (h,).
+
+        Raises ConfigError, before anything has changed, for another size and for NaN or infinity.
+        """
+        loaded = (
+            (self.theta, _checked("theta", theta, self.theta, theta_layout(self.spec))),
+            (self.head_vector, _checked("head", head, self.head_vector, head_layout(self.spec))),
+        )
+        for flat, vector in loaded:
+            flat.copy_(vector)
+        self._follow_theta()
 
     def project(self) -> None:
         """theta lies in the constraint set of the spec, moved by the least distance (CPU only)."""
-        project(self.theta.numpy(), self._bounds)
+        project(self.theta.numpy(), self._constraints)
+        self._follow_theta()
 
     def inject(self, x: Tensor) -> Tensor:
         """Injection (B, *state_shape) of samples x (B, *input_shape)."""
@@ -108,37 +119,50 @@ class DEQ(nn.Module):
         pooled: Tensor = pool(z, kernels, strides)
         return pooled.flatten(1)
 
-    def solve(self, x: Tensor, *, budget: int, tol: float = 0.0, solver: Solver | None = None) -> Solution:
-        """Equilibrium states of samples x (B, *input_shape), without graph."""
+    def solve(self, x: Tensor, *, budget: int, tol: float | None = None, solver: Solver | None = None) -> Solution:
+        """Equilibrium states of samples x (B, *input_shape), without graph. solver: Picard() if None."""
         with torch.no_grad():
             injection = self.inject(x)
-            return solve(self._step(injection), self.cell.start(injection), solver=solver, budget=budget, tol=tol)
+            z = self.cell.start(injection)
+            return solve(self._step(injection), z, solver=solver or Picard(), budget=budget, tol=tol)
 
     def forward(
         self,
         x: Tensor,
         *,
         budget: Budget,
-        tol: float = 0.0,
+        start: Tensor | None = None,
+        tol: float | None = None,
         solver: Solver | None = None,
         adjoint: Adjoint | None = None,
     ) -> Output:
         """Logits of samples x (B, *input_shape) with at most `budget.forward` evaluations per sample.
 
-        With gradients enabled the last evaluation carries the graph and backward spends `budget.adjoint` terms, or
-        what `adjoint` says; that path always spends the whole budget. Without gradients a sample stops at `tol`.
+        With gradients enabled the last evaluation carries the graph (`adjoint` may keep more) and backward spends
+        `budget.adjoint` terms, or what `adjoint` says; that path always spends the whole budget. Without gradients a
+        sample stops at `tol`. solver: Picard() if None. start: z_0 (B, *state_shape), such as the state of an earlier
+        pass; the cell's own if None.
         """
-        if not torch.is_grad_enabled():
-            found = self.solve(x, budget=budget.forward, tol=tol, solver=solver)
-            return self._answer(found.value, found.residual, found.evaluations, None)
         injection = self.inject(x)
-        with torch.no_grad():
-            z = iterate(
-                self._step(injection), self.cell.start(injection), evaluations=budget.forward - 1, solver=solver
-            )
-        out, report = attach(self._step(injection), z, adjoint=adjoint or KTerm(terms=budget.adjoint))
+        f = self._step(injection)
+        z = self.cell.start(injection) if start is None else start
+        if not torch.is_grad_enabled():
+            found = solve(f, z, solver=solver or Picard(), budget=budget.forward, tol=tol)
+            return self._answer(found.value, injection, found.residual, found.evaluations, None)
+        method = adjoint or KTerm(terms=budget.adjoint)
+        graphed = method.graphed(budget.forward)
+        if graphed < budget.forward:
+            z = iterate(f, z, evaluations=budget.forward - graphed, solver=solver)
+        attached = method.attach(f, z, evaluations=graphed, linearise=self._linearise)
         evaluations = torch.full((len(x),), budget.forward, dtype=torch.int64, device=x.device)
-        return self._answer(out, relative_residual(z, out.detach()), evaluations, report)
+        return self._answer(attached.value, injection, attached.residual, evaluations, attached.report)
+
+    def jacobian_penalty(self, output: Output, generator: torch.Generator) -> Tensor:
+        """The penalty of `penalty.jacobian_penalty` at the state of a forward pass with graph, a scalar.
+
+        To be added to the loss before `backward`; costs an evaluation with graph beyond the pass's budget.
+        """
+        return jacobian_penalty(self._step(output.injection), output.state, generator)
 
     def backward(self, loss: Tensor) -> None:
         """The gradient of `loss` is added to theta_grad and head_grad; the input gets none."""
@@ -150,14 +174,50 @@ class DEQ(nn.Module):
         self.theta_grad.zero_()
         self.head_grad.zero_()
 
+    def _follow_theta(self) -> None:
+        if isinstance(self.cell, MonotoneCell):
+            self.cell.choose_step()
+
     def _step(self, injection: Tensor) -> StepFunction:
         step = self.cell.step
         return lambda z: step(z, injection)
 
-    def _answer(self, z: Tensor, residual: Tensor, evaluations: Tensor, report: AdjointReport | None) -> Output:
+    def _answer(
+        self,
+        z: Tensor,
+        injection: Tensor,
+        residual: Tensor,
+        evaluations: Tensor,
+        report: AdjointReport | None,
+    ) -> Output:
         features = self.features(z)
-        logits: Tensor = self.head(features)
-        return Output(logits=logits, features=features, residual=residual, evaluations=evaluations, report=report)
+        return Output(
+            logits=self.head(features),
+            features=features,
+            state=z.detach(),
+            injection=injection,
+            residual=residual,
+            evaluations=evaluations,
+            report=report,
+        )
+
+
+def _checked(name: str, vector: NDArray[np.floating], flat: Tensor, layout: Layout) -> Tensor:
+    """`vector` in the dtype of `flat`. Raises ConfigError where it does not fit or is not finite."""
+    if vector.shape != flat.shape:
+        raise ConfigError(
+            f"model: {name} has shape {vector.shape}, this spec needs {tuple(flat.shape)}; "
+            "was it made for another model?"
+        )
+    fresh = torch.from_numpy(np.ascontiguousarray(vector)).to(flat.dtype)
+    finite = torch.isfinite(fresh)
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0])
+        slot = next(slot for slot in layout if first < slot.end)
+        raise ConfigError(
+            f"model: {name}: {slot.name} holds {float(fresh[first])}; take the parameters of a round before it diverged"
+        )
+    return fresh
 
 
 def _bind(model: nn.Module, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

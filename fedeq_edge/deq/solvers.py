@@ -1,195 +1,43 @@
 """Fixed points z = f(z) of a batch within an exact number of evaluations.
 
-Theory of operation. One driver (`solve`) owns the budget, the residuals and the stopping of single samples. A solver is
-a frozen bundle of settings; `begin` gives its memory for one solve, which answers two questions after each evaluation:
-which samples take the new state as their answer, and where f is evaluated next. Iteration n, all per sample:
+Theory of operation. One driver (`solve`) owns the budget, the residuals, the best answer and the stopping of single
+samples; a method (`method.Solver`: Picard, Anderson, Adaptive) only says where f is evaluated next. The driver *looks*
+at the residual every few evaluations, and once at the end of the budget:
 
-    f = step(z);  r_n = |f - z| / max(|f|, 1e-6);  done = r <= tol, of the iteration before
-    value, r = (f, r_n) where not done (and accepted);  evaluations += not done
-    stop when every r <= tol, or n = budget
+    r = |f(z) - z| / max(|f(z)|, 1e-9)  per sample;   a sample stops where r <= tol;   the batch when all have
 
-so a sample stops at its own residual whatever its batch mates do, and an ONNX Loop can count the same. Comparisons are
-written so that NaN means "not done", and selection is `torch.where`, never mask * value: 0 * inf is NaN (the defect of
-torchdeq 0.1.0's batch mixing).
+so a sample stops at its own residual whatever its batch mates do. Three rules keep the overhead small and the answers
+right. A look costs one synchronisation with the host: B residuals come over, and every decision is made on them there.
+Whole batches are taken by reference, and rows are copied only where samples differ (they stopped, got worse, or are not
+finite): selection by rows, never mask * value, since 0 * inf is NaN (the defect of torchdeq 0.1.0's batch mixing).
+Comparisons are written so that NaN means "not done". The states since the last look are remembered by reference, so
+that a sample that overflowed can end with its last finite state.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
+from operator import lt
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedeq_edge.deq.batch import norms, per_sample
+from fedeq_edge.deq.acceleration import Adaptive
+from fedeq_edge.deq.batch import norms, put, relative_residual
+from fedeq_edge.deq.method import Look, Picard, Solver, damped
 from fedeq_edge.deq.solution import Result, Solution
+from fedeq_edge.deq.spec import SMALLEST_NORM
 from fedeq_edge.errors import ConfigError
 
 StepFunction = Callable[[Tensor], Tensor]
 
-# Below this norm a state counts as zero in the relative residual; the exported ONNX loop uses the same number.
-SMALLEST_NORM = 1e-6
 # |f(z) - z| may grow for a while in a non-normal contraction; growth beyond ten times the first step is no transient.
 DIVERGENCE = 10.0
-
-
-class Memory(Protocol):
-    """What a solver remembers during one solve."""
-
-    def accepts(self, residual: Tensor, held: Tensor) -> Tensor:
-        """(B,) bool: samples whose evaluation, of that residual, replaces the held answer with the held residual."""
-        ...
-
-    def advance(self, z: Tensor, fz: Tensor, held: Tensor, index: int) -> Tensor:
-        """Where f is evaluated next, given f(z) of evaluation `index` and the answer held so far."""
-        ...
-
-
-class Solver(Protocol):
-    """Settings of a method."""
-
-    @property
-    def measures(self) -> bool:
-        """Whether the method needs the residual after every evaluation."""
-        ...
-
-    def begin(self, z0: Tensor) -> Memory:
-        """Memory for one solve from z0."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picard:
-    """z <- (1 - damping) z + damping f(z): the cheapest, and the best where the cell contracts fast (rate below 0.6).
-
-    Returns f of the last z: z_K = f(z_{K-1}) with the residual |z_K - z_{K-1}| / |z_K|. 0 < damping <= 1.
-    """
-
-    damping: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.damping <= 1.0:
-            raise ConfigError(f"Picard: damping is {self.damping}; choose 0 < damping <= 1 (1 is the plain iteration)")
-
-    @property
-    def measures(self) -> bool:
-        """No: residuals serve the stopping rule alone."""
-        return False
-
-    def begin(self, z0: Tensor) -> Memory:
-        """Nothing to remember but the damping."""
-        del z0
-        return _PicardMemory(self.damping)
-
-
-@dataclass(frozen=True, slots=True)
-class _PicardMemory:
-    damping: float
-
-    def accepts(self, residual: Tensor, held: Tensor) -> Tensor:
-        del held
-        return torch.isfinite(residual)
-
-    def advance(self, z: Tensor, fz: Tensor, held: Tensor, index: int) -> Tensor:
-        del held, index
-        return fz if self.damping == 1.0 else z.lerp(fz, self.damping)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Anderson:
-    """Anderson acceleration type II, per sample: for cells that contract slowly.
-
-    memory: evaluations kept (m). mixing: weight beta of f against z in the mix. every: mix at every so manieth
-    evaluation and step plainly between (alternating Anderson-Picard; 3 measured best on CPUs). ridge: added to the Gram
-    matrix of residuals divided by its largest diagonal, so that the scale of the activations does not matter. growth: a
-    residual this many times the best refuses the mix (a guard of 2 cost thousands of evaluations on a benign problem).
-
-    A refused or non-finite mix falls back to the best f(z) and forgets that sample's history; the best evaluation is
-    returned. Source: Walker & Ni, SIAM J. Numer. Anal. 49 (2011), algorithm AA; the guards are ours.
-    """
-
-    memory: int = 5
-    mixing: float = 1.0
-    every: int = 1
-    ridge: float = 1e-6
-    growth: float = 1e3
-
-    def __post_init__(self) -> None:
-        if self.memory < 1 or self.every < 1:
-            raise ConfigError(f"Anderson: memory {self.memory} and every {self.every} must be at least 1")
-        if not (0.0 < self.mixing <= 1.0 and self.ridge > 0.0 and self.growth > 1.0):
-            raise ConfigError(
-                "Anderson: needs 0 < mixing <= 1, ridge > 0 and growth > 1, "
-                f"not {self.mixing}, {self.ridge}, {self.growth}"
-            )
-
-    @property
-    def measures(self) -> bool:
-        """Yes: the best evaluation is kept and growth is watched."""
-        return True
-
-    def begin(self, z0: Tensor) -> Memory:
-        """Empty history for the batch z0 (B, ...): two states per entry."""
-        return _AndersonMemory(self, z0)
-
-
-class _AndersonMemory:
-    """Ring of the last m pairs (f(z), f(z) - z) per sample and the Gram matrix of the second."""
-
-    def __init__(self, settings: Anderson, z0: Tensor) -> None:
-        batch, m = z0.shape[0], settings.memory
-        self._settings = settings
-        self._states = z0.new_zeros(batch, m, z0[0].numel())
-        self._steps = torch.zeros_like(self._states)
-        self._gram = z0.new_zeros(batch, m, m)
-        self._used = z0.new_zeros(batch, m, dtype=torch.bool)
-        self._refused = z0.new_zeros(batch, dtype=torch.bool)
-
-    def accepts(self, residual: Tensor, held: Tensor) -> Tensor:
-        # Written so that a NaN residual is refused.
-        self._refused = ~(residual <= self._settings.growth * held)
-        return residual < held
-
-    def advance(self, z: Tensor, fz: Tensor, held: Tensor, index: int) -> Tensor:
-        self._remember(z, fz, index)
-        if index % self._settings.every:
-            return torch.where(per_sample(self._refused, fz), held, fz)
-        mixed = self._mix().reshape(fz.shape)
-        sound = torch.isfinite(norms(mixed)) & ~self._refused
-        self._used &= sound[:, None]
-        return torch.where(per_sample(sound, fz), mixed, held)
-
-    def _remember(self, z: Tensor, fz: Tensor, index: int) -> None:
-        slot = (index - 1) % self._settings.memory
-        keep = ~self._refused
-        # Zeros in place of a refused evaluation: its NaN would survive any weight of zero.
-        state = torch.where(per_sample(keep, fz), fz, 0.0).flatten(1)
-        step = torch.where(per_sample(keep, fz), fz - z, 0.0).flatten(1)
-        self._states[:, slot], self._steps[:, slot] = state, step
-        # Products and a sum: a batched matrix-vector product is five times slower at these sizes (5 x 1024 on a CPU).
-        row = (self._steps * step[:, None, :]).sum(dim=2)
-        self._gram[:, slot], self._gram[:, :, slot] = row, row
-        self._used &= keep[:, None]
-        self._used[:, slot] = keep
-
-    def _mix(self) -> Tensor:
-        """sum_i alpha_i (f_i - (1 - beta) r_i) with alpha minimising |sum_i alpha_i r_i|, sum alpha = 1."""
-        weights = self._weights()[:, None, :]
-        mixed = torch.bmm(weights, self._states)
-        if self._settings.mixing < 1.0:
-            mixed -= (1.0 - self._settings.mixing) * torch.bmm(weights, self._steps)
-        return mixed[:, 0]
-
-    def _weights(self) -> Tensor:
-        """alpha (B, m): zero for unused entries, whose rows are replaced by those of the identity."""
-        both = self._used[:, :, None] & self._used[:, None, :]
-        gram = torch.where(both, self._gram, 0.0)
-        largest = gram.diagonal(dim1=1, dim2=2).amax(dim=1).clamp_min(torch.finfo(gram.dtype).tiny)
-        diagonal = torch.where(self._used, self._settings.ridge, 1.0)
-        system = gram / largest[:, None, None] + torch.diag_embed(diagonal).to(gram.dtype)
-        # solve_ex never raises: a singular system gives non-finite weights, which the caller refuses.
-        raw = torch.linalg.solve_ex(system, self._used.to(gram.dtype))[0]
-        weights: Tensor = raw / raw.sum(dim=1, keepdim=True)
-        return weights
+# Bytes of a batch's state up to which a window of states is remembered: beyond, they crowd f out of a small CPU's cache
+# (10 % of a convolutional cell's time at 1 MB), and an overflow ends with the last finite state that was looked at.
+SMALL_STATE = 2**16
 
 
 def solve(
@@ -198,111 +46,281 @@ def solve(
     *,
     solver: Solver | None = None,
     budget: int,
-    tol: float = 1e-4,
-    check_every: int = 1,
+    tol: float | None = 1e-4,
+    independent: bool = True,
     throw: bool = False,
 ) -> Solution:
     """Fixed point of the batched map f from z0 (B, ...), with at most `budget` evaluations of f, counted exactly.
 
-    solver: Picard() if None. tol: relative residual at which a sample stops; 0 never stops and, with Picard, measures
-    the first and the last evaluation only. check_every: evaluations between two looks of Picard at the residual (the
-    last is always looked at; Anderson looks at each). throw: raise SolverError unless every sample converged.
-    Records no graph; never raises for NaN. Raises ConfigError for a budget below 1.
+    solver: Adaptive() if None. tol: relative residual at which a sample stops; None spends the whole budget.
+    independent: a sample keeps the answer with which it stopped, so that it is solved alike alone and in any batch (to
+    rounding); False lets all go on until the last has stopped. throw: raise SolverError unless every sample converged.
+    Records no graph; never raises for NaN. Raises ConfigError for limits out of range, and for an f whose output has
+    another shape or dtype than z0.
     """
-    _check_limits(budget, tol, check_every)
+    if budget < 1:
+        raise ConfigError(f"solve: budget is {budget}; a solve needs at least 1 evaluation")
+    if tol is not None and not tol > 0.0:
+        raise ConfigError(f"solve: tol is {tol}; give a relative residual above 0, or None to spend the whole budget")
     with torch.no_grad():
-        run = _Run(z0.detach(), solver or Picard(), tol)
-        for index in range(1, budget + 1):
-            finished = run.evaluate(f, index, look=index == budget or (tol > 0.0 and index % check_every == 0))
-            if finished:
-                break
-        solution = run.solution()
+        solution = _Run(z0.detach(), solver or Adaptive(), tol, independent).spend(f, budget)
     if throw:
         solution.throw()
     return solution
 
 
 def iterate(f: StepFunction, z0: Tensor, *, evaluations: int, solver: Solver | None = None) -> Tensor:
-    """The state after exactly so many evaluations (0: z0), without graph and, with Picard, without any measurement.
+    """The state after exactly so many evaluations (0: z0), without graph; plain iteration without any measurement.
 
-    The hot path of training: what it costs is what f costs.
+    solver: Picard() if None; a method that keeps its best answer gives that. The hot path of training: with Picard it
+    costs what f costs.
     """
     method = solver or Picard()
-    if evaluations and method.measures:
-        return solve(f, z0, solver=method, budget=evaluations, tol=0.0).value
+    if evaluations and method.keeps_best:
+        return solve(f, z0, solver=method, budget=evaluations, tol=None).value
     with torch.no_grad():
         z = z0.detach()
-        memory = method.begin(z)
-        for index in range(1, evaluations + 1):
-            z = memory.advance(z, f(z), z, index)
+        for index in range(evaluations):
+            fz = f(z)
+            if not index:
+                _check_image(fz, z)
+            z = damped(z, fz, method.damping)
     return z
 
 
-def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
-    """(B,) |f(z) - z| / max(|f(z)|, 1e-6), L2 over everything but the batch."""
-    return norms(fz - z) / norms(fz).clamp_min(SMALLEST_NORM)
-
-
 class _Run:
-    """State of one solve between evaluations; `active` is None while every sample iterates."""
+    """One solve. `_value`, `_state`, `_held`: every sample's answer so far, also of those that stopped and go on being
+    evaluated with their batch; what the stopped ones keep is in `_stops`.
+    """
 
-    def __init__(self, z0: Tensor, solver: Solver, tol: float) -> None:
-        batch = z0.shape[0]
-        self._tol, self._measures = tol, solver.measures
-        self._memory = solver.begin(z0)
-        self._z = self._value = z0
-        self._residual = z0.new_full((batch,), torch.inf)
-        self._evaluations = z0.new_zeros(batch, dtype=torch.int64)
-        self._active: Tensor | None = None
-        self._spent = self._counted = 0
+    def __init__(self, z0: Tensor, solver: Solver, tol: float | None, independent: bool) -> None:
+        self._solver, self._tol, self._independent = solver, tol, independent
+        self._memory = solver.init(z0)
+        self._state = self._value = z0
+        self._held = [math.inf] * len(z0)
+        self._active: Sequence[int] = range(len(z0))
+        self._resting: set[int] = set()
+        self._stops: list[_Stop] = []
+        self._difference: Tensor | None = None
+        self._earlier: tuple[list[float], int] | None = None
+        self._lost: list[int] = []
+        self._overflowed: set[int] = set()
+        self._spent = 0
+        self._converged = False
 
-    def evaluate(self, f: StepFunction, index: int, *, look: bool) -> bool:
-        """Spend one evaluation; whether every sample has stopped."""
-        z, fz = self._z, f(self._z)
-        self._spent = index
-        if index == 1:
-            self._first_step = norms(fz - z)
-        if look or self._measures:
-            self._look(z, fz)
-            if self._tol > 0.0 and self._stop():
-                return True
-        # Stopped samples go on being evaluated with their batch; their answer is held and no other sample sees them.
-        self._z = self._memory.advance(z, fz, self._value, index)
-        return False
+    def spend(self, f: StepFunction, budget: int) -> Solution:
+        """Evaluate until every sample has stopped or the budget is spent."""
+        damping, due = self._solver.damping, min(budget, self._solver.interval)
+        z = self._state
+        # A method that mixes needs the states between looks; plain iteration only to end an overflow well.
+        remember = self._solver.keeps_best or z.nbytes <= SMALL_STATE
+        trail = [z]
+        for index in range(1, budget + 1):
+            fz = f(z)
+            if index == 1:
+                _check_image(fz, z)
+                self._first = (z, fz)
+            if index < due:
+                z = damped(z, fz, damping)
+                if remember:
+                    trail.append(z)
+                else:
+                    trail[0] = z
+                continue
+            look = self._look(trail, fz, index)
+            if self._converged or index == budget:
+                break
+            # Stopped samples go on being evaluated with their batch; their answer is held and no other sees them.
+            z = self._memory.advance(look)
+            trail = [z]
+            due = min(budget, index + self._windows(look.residual) * self._solver.interval)
+        return self._solution()
 
-    def _look(self, z: Tensor, fz: Tensor) -> None:
-        """Measure, and let the samples that still iterate take their new answer."""
-        self._last_step = norms(fz - z)
-        self._last_residual = self._last_step / norms(fz).clamp_min(SMALLEST_NORM)
-        accepted = self._memory.accepts(self._last_residual, self._residual)
-        since, self._counted = self._spent - self._counted, self._spent
-        if self._active is None:
-            self._evaluations += since
+    # ---- looking -------------------------------------------------------------------------------------------
+
+    def _look(self, trail: list[Tensor], fz: Tensor, index: int) -> Look:
+        """Measure, take the new answers, and stop the samples that reached the tolerance."""
+        residual, held = self._measure(trail[-1], fz), self._held
+        clean = math.isfinite(sum(residual)) and self._all_better(residual, held)
+        if clean:
+            self._state, self._value, self._held, self._lost = trail[-1], fz, residual, []
         else:
-            accepted &= self._active
-            self._evaluations += since * self._active
-        self._value = torch.where(per_sample(accepted, fz), fz, self._value)
-        self._residual = torch.where(accepted, self._last_residual, self._residual)
+            self._take(trail, fz, residual)
+        if self._spent:
+            self._earlier = (held, index - self._spent)
+        self._spent = index
+        if self._tol is not None:
+            self._stop(self._tol)
+        return Look(trail, fz, residual, held, self._value, clean)
 
-    def _stop(self) -> bool:
-        """Stop samples that reached the tolerance; whether all have. The one host synchronisation of a look."""
-        active = ~(self._residual <= self._tol)
-        remaining = int(active.sum())
-        self._active = None if remaining == len(active) else active
-        return remaining == 0
+    def _measure(self, z: Tensor, fz: Tensor) -> list[float]:
+        """The relative residual of each sample, on the host: the one synchronisation of a look."""
+        if len(z) == 1 and z.device.type == "cpu":
+            # One sample on the CPU is the case of a device that answers, and numpy's calls cost a third of torch's.
+            image = fz.numpy()
+            length = math.sqrt(np.vdot(image, image))
+            if not math.isfinite(length):
+                return [math.inf]
+            step = image - z.numpy()
+            return [math.sqrt(np.vdot(step, step)) / max(length, SMALLEST_NORM)]
+        # Into a buffer: allocating a state can cost more than the subtraction.
+        self._difference = torch.sub(fz, z, out=self._difference)
+        residual: list[float] = (norms(self._difference) / norms(fz).clamp_min_(SMALLEST_NORM)).tolist()
+        # Zero is the residual of a fixed point, or of a state whose square is out of range.
+        if 0.0 in residual:
+            residual = relative_residual(z, fz).tolist()
+        return residual
 
-    def solution(self) -> Solution:
-        ended = torch.full_like(self._evaluations, Result.BUDGET_SPENT)
-        ended[self._last_step > DIVERGENCE * self._first_step] = Result.DIVERGED
-        ended[~torch.isfinite(self._last_residual)] = Result.NON_FINITE
-        ended[self._residual <= self._tol] = Result.CONVERGED
+    def _all_better(self, residual: list[float], held: list[float]) -> bool:
+        if not self._solver.keeps_best:
+            return True
+        if len(self._active) == len(residual):
+            return all(map(lt, residual, held))
+        return all(residual[i] < held[i] for i in self._active)
+
+    def _take(self, trail: list[Tensor], fz: Tensor, residual: list[float]) -> None:
+        """New answers for the samples that have one.
+
+        Where f overflowed or made NaN, that is the last state of the window whose image is finite.
+        """
+        z = trail[-1]
+        self._lost = [i for i, number in enumerate(residual) if not math.isfinite(number)]
+        if self._lost:
+            z, fz, residual = self._last_finite(trail, fz, residual)
+        bar = self._held if self._solver.keeps_best else [math.inf] * len(residual)
+        worse = [i for i, (new, old) in enumerate(zip(residual, bar, strict=True)) if not new < old]
+        value, state = fz.clone(), z.clone()
+        put(value, worse, self._value)
+        put(state, worse, self._state)
+        kept = set(worse)
+        self._held = [self._held[i] if i in kept else number for i, number in enumerate(residual)]
+        self._state, self._value = state, value
+
+    def _last_finite(
+        self, trail: list[Tensor], fz: Tensor, residual: list[float]
+    ) -> tuple[Tensor, Tensor, list[float]]:
+        """(z, f(z), residual) with the lost samples at their last finite image in this window, if there is one."""
+        z, image, residual = trail[-1].clone(), fz.clone(), residual.copy()
+        damping, left = self._solver.damping, self._lost
+        images = [before + (after - before) / damping for before, after in pairwise(trail)]
+        window = list(zip(trail, [*images, fz], strict=True))
+        if not self._spent:
+            window.insert(0, self._first)
+        for before, after in reversed(window):
+            usable, finite = _finite(before), _finite(after)
+            found = [i for i in left if usable[i] and finite[i]]
+            put(z, found, before)
+            put(image, found, after)
+            if found:
+                # In double precision: the square of a float32 number near its limit is out of range.
+                measured = relative_residual(before[found].double(), after[found].double()).tolist()
+                for i, number in zip(found, measured, strict=True):
+                    residual[i] = number
+            infinite = _infinite(after)
+            self._overflowed.update(i for i in left if usable[i] and infinite[i])
+            left = [i for i in left if i not in found]
+        return z, image, residual
+
+    # ---- stopping ------------------------------------------------------------------------------------------
+
+    def _windows(self, residual: list[float]) -> int:
+        """Intervals until the next look: two where no sample can be expected to stop at the next one.
+
+        A sample further from the tolerance than halvings at every evaluation would bring it rests for one look, and
+        must not stop there: alone it would not be looked at, and batch mates must make no difference.
+        """
+        interval = self._solver.interval
+        if self._tol is None or self._solver.keeps_best or interval == 1:
+            return 1
+        bar, rested = self._tol * 2**interval, self._resting
+        if not rested and min(residual) > bar:
+            return 2
+        self._resting = (
+            {i for i in self._active if residual[i] > bar and i not in rested} if self._independent else set()
+        )
+        return 1
+
+    def _stop(self, tol: float) -> None:
+        """Samples at the tolerance have stopped; `_converged` if all have."""
+        held, resting = self._held, self._resting
+        reached = [i for i in self._active if held[i] <= tol and i not in resting] if min(held) <= tol else []
+        if len(reached) == len(self._active):
+            self._converged = True
+        elif reached and self._independent:
+            self._stops.append(self._kept(reached))
+            stopped = set(reached)
+            self._active = [i for i in self._active if i not in stopped]
+
+    def _kept(self, samples: list[int]) -> "_Stop":
+        rows = torch.tensor(samples, device=self._value.device)
+        state, value = self._state.index_select(0, rows), self._value.index_select(0, rows)
+        return _Stop(self._spent, samples, rows, state, value, [self._held[i] for i in samples])
+
+    def _solution(self) -> Solution:
+        value, state, residuals, counts = self._value, self._state, self._held, [self._spent] * len(self._held)
+        if self._stops:
+            value, state, residuals = value.clone(), state.clone(), residuals.copy()
+        for stop in self._stops:
+            state.index_copy_(0, stop.rows, stop.state)
+            value.index_copy_(0, stop.rows, stop.value)
+            for i, number in zip(stop.samples, stop.residual, strict=True):
+                residuals[i], counts[i] = number, stop.index
         return Solution(
-            value=self._value, residual=self._residual, evaluations=self._evaluations, spent=self._spent, result=ended
+            value=value,
+            state=state,
+            spent=self._spent,
+            residuals=residuals,
+            counts=counts,
+            results=[Result.CONVERGED] * len(residuals) if self._converged else self._results(residuals),
+            earlier=self._earlier,
         )
 
+    def _results(self, held: list[float]) -> list[Result]:
+        """How each sample of a batch that has not converged ended; held: residuals of the answers."""
+        z0, f0 = self._first
+        growth = (norms(self._value - self._state) / norms(f0 - z0)).tolist()
+        ended = [Result.DIVERGED if number > DIVERGENCE else Result.BUDGET_SPENT for number in growth]
+        for i in self._lost:
+            # An f that is infinite from the start has not grown.
+            grew = i in self._overflowed and math.isfinite(held[i])
+            ended[i] = Result.DIVERGED if grew or ended[i] is Result.DIVERGED else Result.NON_FINITE
+        if self._tol is not None:
+            ended = [
+                Result.CONVERGED if number <= self._tol else code for number, code in zip(held, ended, strict=True)
+            ]
+        return ended
 
-def _check_limits(budget: int, tol: float, check_every: int) -> None:
-    if budget < 1 or check_every < 1 or not tol >= 0.0:
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """Samples (their `rows` as an index) that stopped at one look, and what they keep."""
+
+    index: int
+    samples: list[int]
+    rows: Tensor
+    state: Tensor
+    value: Tensor
+    residual: list[float]
+
+
+def _finite(states: Tensor) -> list[bool]:
+    """Per sample, whether every number is finite."""
+    finite: list[bool] = torch.isfinite(states).flatten(1).all(dim=1).tolist()
+    return finite
+
+
+def _infinite(states: Tensor) -> list[bool]:
+    """Per sample, whether it holds an infinity and no NaN: it grew beyond the numbers."""
+    infinite: list[bool] = (torch.isinf(states).flatten(1).any(1) & ~torch.isnan(states).flatten(1).any(1)).tolist()
+    return infinite
+
+
+def _check_image(fz: Tensor, z: Tensor) -> None:
+    if fz.shape != z.shape:
         raise ConfigError(
-            f"solve: budget {budget} and check_every {check_every} must be at least 1 and tol {tol} at least 0"
+            f"solve: the cell maps a state of shape {tuple(z.shape)} to {tuple(fz.shape)}; both must be alike"
+        )
+    if fz.dtype != z.dtype:
+        raise ConfigError(
+            f"solve: the cell maps a state of {z.dtype} to {fz.dtype}; build cell and z0 with the same dtype"
         )

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedeq_edge.deq.wellposed import Certificate
 from fedeq_edge.errors import ConfigError
 
 Vector = NDArray[np.float32]
@@ -40,7 +41,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     learning_rate decays by a half cosine over the rounds to `learning_rate * final_rate`.
     clip: largest norm of the loss's gradient over theta and head together.
     budgets: the range of K over which the fleet trains; a device draws K per batch from those that it can afford.
-    adjoint_ratio: k is about K times this. compute_s: device seconds that training may take in one round.
+    adjoint_ratio: k is about K times this.
+    jacobian_penalty: lambda of the term lambda / d |J^T eps|^2 in the loss (algorithm.md, section 3), for cells without
+    certificate; 0: none. Above 0 each step makes one evaluation with graph beyond its K, and its double backward, which
+    doubles a step of K = 6; calibration measures it, so it counts against compute_s.
+    compute_s: device seconds that training may take in one round.
+    energy_j: joules that training may take in one round; devices whose profile states active_watts lower compute_s to
+    energy_j / active_watts, the others go by compute_s alone. None: no limit.
+    accuracy: a device whose theta is certified (deq/wellposed.py) draws no K beyond what |z_K - z*| <= accuracy is
+    proven to need, in the unit of its certificate. None: all that it affords.
     refit_steps: Adam steps on cached equilibrium features when a head is fitted (`refit_rate` its step size).
     compare_local: at the end, train alone from the same start with the same number of steps, for comparison.
     """
@@ -55,25 +64,18 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     weight_decay: float = 0.0
     budgets: tuple[int, ...] = (2, 3, 4, 6, 8, 12)
     adjoint_ratio: float = 0.4
+    jacobian_penalty: float = 0.0
     compute_s: float = 30.0
+    energy_j: float | None = None
+    accuracy: float | None = None
     refit_steps: int = 100
     refit_rate: float = 0.01
     compare_local: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no device could carry out."""
-        for name in ("rounds", "epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; give at least 1")
-        for name in ("learning_rate", "final_rate", "clip", "compute_s", "refit_rate"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; give a finite number above 0")
-        if not (0.0 <= self.momentum < 1.0 and self.weight_decay >= 0.0 and 0.0 <= self.adjoint_ratio <= 1.0):
-            raise ConfigError("train.momentum must be in [0, 1), adjoint_ratio in [0, 1], weight_decay at least 0")
-        if not self.budgets or min(self.budgets) < 1 or max(self.budgets) > LARGEST_BUDGET:
-            raise ConfigError(f"train.budgets is {list(self.budgets)}; give values of K from 1 to {LARGEST_BUDGET}")
-        if self.refit_steps < 0:
-            raise ConfigError(f"train.refit_steps is {self.refit_steps}; give at least 0")
+        _check_counts(self)
+        _check_amounts(self)
 
 
 class LocalTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +116,8 @@ class LocalResult(msgspec.Struct, frozen=True, kw_only=True):
 class Personal(msgspec.Struct, frozen=True, kw_only=True):
     """A device's own model after the federation: consensus theta with a head refitted on its data.
 
-    accuracy_*: on the test part, NaN without one. budget: the middle of the K that it affords.
+    accuracy_*: on the test part, NaN without one. budget: the middle of the K that it affords. certificate: what is
+    proven of theta after that K, None without a proof.
     local_only: accuracy of training alone with the same number of steps (None unless the plan asks for it).
     """
 
@@ -122,6 +125,7 @@ class Personal(msgspec.Struct, frozen=True, kw_only=True):
     head: Vector
     budget: Budget
     residual: float
+    certificate: Certificate | None
     accuracy_personal: float
     accuracy_consensus: float
     local_only: float | None
@@ -164,3 +168,28 @@ class Learner(Protocol):
     def personalise(self, z: Vector, head: Vector) -> Personal:
         """Refit the head on cached equilibrium features of z and evaluate."""
         ...
+
+
+def _check_counts(plan: Plan) -> None:
+    for name in ("rounds", "epochs", "batch"):
+        if getattr(plan, name) < 1:
+            raise ConfigError(f"train.{name} is {getattr(plan, name)}; give at least 1")
+    if not plan.budgets or min(plan.budgets) < 1 or max(plan.budgets) > LARGEST_BUDGET:
+        raise ConfigError(f"train.budgets is {list(plan.budgets)}; give values of K from 1 to {LARGEST_BUDGET}")
+    if plan.refit_steps < 0:
+        raise ConfigError(f"train.refit_steps is {plan.refit_steps}; give at least 0")
+
+
+def _check_amounts(plan: Plan) -> None:
+    for name in ("learning_rate", "final_rate", "clip", "compute_s", "refit_rate"):
+        if not 0.0 < getattr(plan, name) < math.inf:
+            raise ConfigError(f"train.{name} is {getattr(plan, name)}; give a finite number above 0")
+    for name in ("energy_j", "accuracy"):
+        limit = getattr(plan, name)
+        if limit is not None and not 0.0 < limit < math.inf:
+            raise ConfigError(f"train.{name} is {limit}; give a finite number above 0, or leave it out")
+    for name in ("weight_decay", "jacobian_penalty"):
+        if not 0.0 <= getattr(plan, name) < math.inf:
+            raise ConfigError(f"train.{name} is {getattr(plan, name)}; give a finite number, 0 for none")
+    if not (0.0 <= plan.momentum < 1.0 and 0.0 <= plan.adjoint_ratio <= 1.0):
+        raise ConfigError("train.momentum must be in [0, 1), adjoint_ratio in [0, 1]")

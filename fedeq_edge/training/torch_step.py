@@ -29,8 +29,9 @@ from fedeq_edge.data.npz import ClientData
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.solution import Solution
 from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.deq.wellposed import certificate
 from fedeq_edge.errors import ConfigError, SolverError
-from fedeq_edge.hardware.budget import Allowance, Pace, budget_of, choose
+from fedeq_edge.hardware.budget import Allowance, Pace, budget_of, choose, for_certificate, round_seconds
 from fedeq_edge.hardware.calibrate import calibrate
 from fedeq_edge.hardware.clock import Clock, DeviceClock
 from fedeq_edge.training.refit import Matrix, accuracy, fit_head
@@ -60,7 +61,7 @@ class Pull:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One training step: loss before it, mean residuals of its forward and backward solves, its budget."""
+    """One training step: loss before it (no penalty in it), mean residuals of forward and backward solve, budget."""
 
     loss: float
     residual: float
@@ -73,11 +74,15 @@ class Descent:
 
     rate: step size of this round. pull: ADMM's part of the gradient, None when training alone.
     frozen_head: the head was fitted by itself (`Method.head_step` "refit") and stays.
+    seed: of the probes of the Jacobian penalty, where the plan has one.
     """
 
-    def __init__(self, model: DEQ, plan: Plan, *, rate: float, pull: Pull | None, frozen_head: bool) -> None:
+    def __init__(
+        self, model: DEQ, plan: Plan, *, rate: float, pull: Pull | None, frozen_head: bool, seed: int = 0
+    ) -> None:
         self._model, self._plan, self._rate, self._pull = model, plan, rate, pull
         self._frozen_head = frozen_head
+        self._probes = torch.Generator().manual_seed(seed)
         self._w = torch.cat([model.theta, model.head_vector])
         self._velocity = torch.zeros_like(self._w)
 
@@ -116,6 +121,8 @@ class Descent:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise SolverError(f"training: the loss is {value} at K = {budget.forward}; {DIVERGED_REMEDY}")
+        if self._plan.jacobian_penalty:
+            loss = loss + self._plan.jacobian_penalty * self._model.jacobian_penalty(output, self._probes)
         self._model.backward(loss)
         return Measured(
             loss=value,
@@ -138,6 +145,7 @@ class TorchLearner:
     start: (theta (p,), head (h,)) from which the federation begins, and training alone for comparison.
     clock: device seconds. calibration: measured cost, for the clock given; None measures it before first use.
     speed: share of its full speed that the device allows itself now (throttle.derate), asked once per round.
+    watts: what the board draws while it computes, for a plan that limits joules; None where nobody knows.
     Raises ConfigError where data, model and start do not fit together.
     """
 
@@ -152,11 +160,13 @@ class TorchLearner:
         clock: Clock | None = None,
         calibration: Calibration | None = None,
         speed: Callable[[], float] = lambda: 1.0,
+        watts: float | None = None,
     ) -> None:
         _check(spec, data)
         self._plan, self._method, self._data, self._start = plan, method, data, start
         self._clock: Clock = DeviceClock() if clock is None else clock
         self._calibration, self._speed = calibration, speed
+        self._compute_s = round_seconds(plan.compute_s, plan.energy_j, watts)
         self._x, self._y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
         self._model = DEQ(spec)
         self._model.load(*start)
@@ -176,6 +186,7 @@ class TorchLearner:
         """Measure a training step of this model here, in device seconds; later rounds are planned by it."""
         rows = np.resize(np.arange(self.samples), self._plan.batch)
         x, y = self._x[rows], self._y[rows]
+        held = self._vectors()
         self._model.load(*self._start)
         still = self._descent(rate=0.0)
         self._calibration = calibrate(
@@ -184,16 +195,17 @@ class TorchLearner:
             self._plan.budgets,
             clock=self._clock,
         )
+        self._model.load(*held)
         return self._calibration
 
     def train(self, task: LocalTask) -> LocalResult:
-        """Personal step, then shared step from z; `plan.compute_s` bounds both and the evaluation of z before them.
+        """Personal step, then shared step from z; the plan's time and energy bound both and the evaluation of z before.
 
         Raises SolverError when the loss stops being finite, ConfigError for vectors of another model.
         """
         began = self._clock()
-        allowance = self._allowance()
         self._model.load(*self._received(task))
+        allowance = self._allowance()
         consensus_accuracy = self._test_accuracy(_middle(allowance.menu))
         if self._method.head_step == "refit":
             self._refit(_middle(allowance.menu))
@@ -201,8 +213,9 @@ class TorchLearner:
             rate=learning_rate(self._plan, task.round),
             pull=self._pull(task),
             frozen_head=self._method.head_step == "refit",
+            seed=task.seed,
         )
-        left_s = self._plan.compute_s - (self._clock() - began)
+        left_s = self._compute_s - (self._clock() - began)
         measured, reduced = self._paced(descent, allowance, left_s, np.random.default_rng(task.seed))
         return self._result(task, measured, reduced, consensus_accuracy, self._clock() - began)
 
@@ -214,10 +227,10 @@ class TorchLearner:
         K is the middle of the affordable menu. With `heads = "consensus_refit"` the head comes from z and `head` is
         not used.
         """
-        allowance = self._allowance()
-        forward = _middle(allowance.menu)
         theta, own_head = self._split(z, head)
         self._model.load(theta, own_head)
+        allowance = self._allowance()
+        forward = _middle(allowance.menu)
         consensus_accuracy = self._test_accuracy(forward)
         if not self._method.exchange:
             self._train_alone(allowance, near=None)
@@ -231,6 +244,7 @@ class TorchLearner:
             head=personal_head,
             budget=budget_of(forward, self._plan.adjoint_ratio),
             residual=self._residual(forward),
+            certificate=certificate(personal_theta, self._model.spec, forward),
             accuracy_personal=self._test_accuracy(forward),
             accuracy_consensus=consensus_accuracy,
             # last: it leaves the model with other parameters
@@ -243,14 +257,22 @@ class TorchLearner:
         return choose(
             self._calibration or self.calibrate(),
             steps=self._plan.epochs * steps_per_epoch(self.samples, self._plan.batch),
-            compute_s=self._plan.compute_s,
+            compute_s=self._compute_s,
             menu=self._plan.budgets,
             adjoint_ratio=self._plan.adjoint_ratio,
             derate=max(self._speed(), SLOWEST) / self.drift,
+            enough=self._enough(),
         )
 
-    def _descent(self, *, rate: float, pull: Pull | None = None, frozen_head: bool = False) -> Descent:
-        return Descent(self._model, self._plan, rate=rate, pull=pull, frozen_head=frozen_head)
+    def _enough(self) -> int | None:
+        """Evaluations that prove the accuracy asked for in the plan, of the theta in the model; None: nothing does."""
+        if self._plan.accuracy is None:
+            return None
+        first = certificate(self._model.theta.numpy(), self._model.spec, evaluations=1)
+        return None if first is None else for_certificate(first, self._plan.accuracy).forward
+
+    def _descent(self, *, rate: float, pull: Pull | None = None, frozen_head: bool = False, seed: int = 0) -> Descent:
+        return Descent(self._model, self._plan, rate=rate, pull=pull, frozen_head=frozen_head, seed=seed)
 
     def _pull(self, task: LocalTask) -> Pull:
         z, nu = _tensor(task.z), _tensor(task.nu)
@@ -341,7 +363,7 @@ class TorchLearner:
         """
         generator = np.random.default_rng(0)  # any: devices differ by their data, runs by their start
         for completed in range(self._plan.rounds):
-            descent = self._descent(rate=learning_rate(self._plan, completed), pull=near)
+            descent = self._descent(rate=learning_rate(self._plan, completed), pull=near, seed=completed)
             for rows in self._batches(generator)[: allowance.steps]:
                 self._step(descent, rows, draw_forward(allowance.menu, allowance.menu[-1], generator))
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedeq_edge.deq.adjoints import Implicit
+from fedeq_edge.consensus.constraint import feasible
+from fedeq_edge.deq.acceleration import Anderson
+from fedeq_edge.deq.adjoints import Adjoint, Implicit, KTerm, Unrolled
 from fedeq_edge.deq.initial import initial
-from fedeq_edge.deq.layout import row_bounds, theta_layout
+from fedeq_edge.deq.layout import constraints, theta_layout
+from fedeq_edge.deq.method import Picard
 from fedeq_edge.deq.model import DEQ
-from fedeq_edge.deq.solvers import Anderson, Picard
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError
 
@@ -26,9 +28,9 @@ class Work:
     adjoint: int = 0
 
 
-def loss_of(model: DEQ, x: Tensor, budget: Work) -> Tensor:
+def loss_of(model: DEQ, x: Tensor, budget: Work, adjoint: Adjoint | None = None) -> Tensor:
     labels = torch.arange(len(x)) % model.spec.classes
-    return functional.cross_entropy(model(x, budget=budget).logits, labels)
+    return functional.cross_entropy(model(x, budget=budget, adjoint=adjoint).logits, labels)
 
 
 def count_steps(model: DEQ, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -77,6 +79,21 @@ def test_vectors_of_another_model_are_refused(model: DEQ) -> None:
         model.load(theta, np.append(head, head))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_parameters_that_are_not_finite_are_refused_by_name_before_anything_changes(model: DEQ, value: float) -> None:
+    before = model.theta.clone()
+    theta, head = initial(model.spec, 0)
+    slot = next(slot for slot in theta_layout(model.spec) if slot.name.startswith("cell."))
+    spoilt = theta.copy()
+    spoilt[slot.end - 1] = value
+    with pytest.raises(ConfigError, match=rf"theta: {slot.name} holds {value}"):
+        model.load(spoilt, head)
+    head[-1] = value
+    with pytest.raises(ConfigError, match=rf"head: head.bias holds {value}"):
+        model.load(theta, head)
+    assert torch.equal(model.theta, before)
+
+
 def test_building_and_loading_draw_no_global_random_numbers(spec: ModelSpec) -> None:
     state = torch.random.get_rng_state()
     DEQ(spec).load(*initial(spec, 0))
@@ -94,9 +111,7 @@ def test_a_copy_has_its_own_flat_vectors_and_views(model: DEQ) -> None:
 def test_projection_moves_theta_into_the_constraint_set_in_place(model: DEQ) -> None:
     model.theta.mul_(100.0)
     model.project()
-    for bound in row_bounds(model.spec):
-        rows = model.theta[bound.offset : bound.offset + bound.rows * bound.cols].reshape(bound.rows, bound.cols)
-        assert (rows.abs().sum(dim=1) <= bound.radius + 1e-12).all()
+    assert feasible(model.theta.numpy(), constraints(model.spec), tolerance=1e-12)
 
 
 @pytest.mark.parametrize("forward", [1, 2, 5])
@@ -108,6 +123,47 @@ def test_training_spends_the_whole_budget_and_records_only_the_last(
     assert recorded == [False] * (forward - 1) + [True]
     assert output.evaluations.tolist() == [forward] * len(batch)
     assert output.report is not None
+
+
+@pytest.mark.parametrize(("adjoint", "graphed"), [(Implicit(budget=3), 1), (Unrolled(steps=3), 3), (Unrolled(), 7)])
+@pytest.mark.parametrize("forward", [2, 7])
+def test_every_gradient_method_spends_the_same_budget(
+    model: DEQ, batch: Tensor, adjoint: Adjoint, graphed: int, forward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = count_steps(model, monkeypatch)
+    output = model(batch, budget=Work(forward=forward), adjoint=adjoint)
+    graphed = min(graphed, forward)
+    assert recorded == [False] * (forward - graphed) + [True] * graphed
+    plain = model(batch, budget=Work(forward=forward))
+    torch.testing.assert_close(output.logits, plain.logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output.residual, plain.residual, rtol=1e-9, atol=1e-12)
+
+
+def test_unrolling_the_whole_budget_is_autograd_through_hand_written_steps_bit_for_bit(
+    model: DEQ, batch: Tensor
+) -> None:
+    model.zero_grad()
+    model.backward(loss_of(model, batch, Work(forward=6), Unrolled()))
+    found = torch.cat([model.theta_grad, model.head_grad])
+    injection = model.inject(batch)
+    z = model.cell.start(injection)
+    for _ in range(6):
+        z = model.cell.step(z, injection)
+    labels = torch.arange(len(batch)) % model.spec.classes
+    loss = functional.cross_entropy(model.head(model.features(z)), labels)
+    expected = torch.autograd.grad(loss, [*model.parameters()])
+    assert torch.equal(found, torch.cat([gradient.flatten() for gradient in expected]))
+
+
+def test_a_warm_start_goes_on_where_an_earlier_pass_ended(model: DEQ, batch: Tensor) -> None:
+    with torch.no_grad():
+        first = model(batch, budget=Work(forward=4))
+        resumed = model(batch, budget=Work(forward=3), start=first.state)
+        whole = model(batch, budget=Work(forward=7))
+    torch.testing.assert_close(resumed.logits, whole.logits, rtol=1e-12, atol=1e-12)
+    trained = model(batch, budget=Work(forward=3), start=first.state)
+    torch.testing.assert_close(trained.logits, whole.logits, rtol=1e-12, atol=1e-12)
+    assert not trained.state.requires_grad
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=["picard", "anderson"])
@@ -140,22 +196,17 @@ def test_a_sample_gets_the_same_answer_alone_and_in_a_batch(model: DEQ, batch: T
             torch.testing.assert_close(alone.logits[0], together.logits[i], rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_of_theta_and_head_agree_with_finite_differences() -> None:
-    for spec in (
-        ModelSpec(input_shape=(3,), classes=2, channels=4),
-        ModelSpec(input_shape=(1, 6), classes=2, channels=3, pool=2),
-        ModelSpec(input_shape=(1, 4, 4), classes=2, channels=2, shift=(0.1,), scale=(0.5,)),
-    ):
-        model = DEQ(spec, dtype=torch.float64)
-        model.load(*initial(spec, 1))
-        x = torch.randn(3, *spec.input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        budget = Work(forward=80, adjoint=80)
-        model.zero_grad()
-        model.backward(loss_of(model, x, budget))
-        for flat, gradient in ((model.theta, model.theta_grad), (model.head_vector, model.head_grad)):
-            direction = torch.randn(len(flat), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-            expected = _slope(model, flat, direction, x, budget)
-            assert float(gradient @ direction) == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize(
+    "adjoint", [KTerm(terms=150), Implicit(budget=150, tol=1e-11), Unrolled()], ids=["k terms", "implicit", "unrolled"]
+)
+def test_gradients_of_theta_and_head_agree_with_finite_differences(model: DEQ, batch: Tensor, adjoint: Adjoint) -> None:
+    budget = Work(forward=200)
+    model.zero_grad()
+    model.backward(loss_of(model, batch, budget, adjoint))
+    for flat, gradient in ((model.theta, model.theta_grad), (model.head_vector, model.head_grad)):
+        direction = torch.randn(len(flat), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        expected = _slope(model, flat, direction, batch, budget)
+        assert float(gradient @ direction) == pytest.approx(expected, rel=1e-6)
 
 
 def _slope(model: DEQ, flat: Tensor, direction: Tensor, x: Tensor, budget: Work) -> float:

@@ -19,6 +19,14 @@ from fedeq_edge.training.step import LARGEST_BUDGET, Plan
         ("budgets", (0, 4)),
         ("budgets", (LARGEST_BUDGET + 1,)),
         ("refit_steps", -1),
+        ("jacobian_penalty", -0.1),
+        ("jacobian_penalty", float("nan")),
+        ("jacobian_penalty", float("inf")),
+        ("weight_decay", float("nan")),
+        ("energy_j", 0.0),
+        ("energy_j", float("inf")),
+        ("accuracy", -1e-3),
+        ("accuracy", float("nan")),
     ],
 )
 def test_a_plan_that_no_device_could_carry_out_is_refused(field: str, value: object) -> None:

@@ -10,7 +10,7 @@ from fedeq_edge.consensus.constraint import feasible
 from fedeq_edge.consensus.methods import METHODS, Method
 from fedeq_edge.data.npz import ClientData
 from fedeq_edge.deq.initial import initial
-from fedeq_edge.deq.layout import row_bounds
+from fedeq_edge.deq.layout import constraints
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, SolverError
@@ -171,7 +171,59 @@ def test_duals_and_penalty_are_ignored_where_the_plan_leaves_them_out() -> None:
 def test_theta_stays_well_posed_under_a_wild_step_size() -> None:
     task = first_task()
     result = learner_of(plan=replace(PLAN, learning_rate=5.0)).train(task)
-    assert feasible(task.z + result.difference, row_bounds(SPEC))
+    assert feasible(task.z + result.difference, constraints(SPEC))
+
+
+def jacobian_sizes(model: DEQ, x: torch.Tensor) -> tuple[float, float]:
+    """Spectral radius and |J|_F^2 per coordinate, means over the states of x."""
+    found = model.solve(x, budget=12).state
+    radii, squares = [], []
+    for z, u in zip(found, model.inject(x).detach(), strict=True):
+        J = torch.func.jacrev(lambda z, u=u: model.cell.step(z[None], u[None])[0].flatten())(z).detach().flatten(1)
+        radii.append(float(torch.linalg.eigvals(J).abs().max()))
+        squares.append(float(J.square().sum()) / len(J))
+    return float(np.mean(radii)), float(np.mean(squares))
+
+
+def test_the_jacobian_penalty_lowers_the_spectral_radius_of_a_cell_without_certificate() -> None:
+    data = blobs(RESIDUAL)
+    x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
+    sizes = {}
+    for penalty in (0.0, 3.0):
+        model = DEQ(RESIDUAL)
+        model.load(*initial(RESIDUAL, 0))
+        plan = replace(PLAN, jacobian_penalty=penalty)
+        descent = Descent(model, plan, rate=0.05, pull=None, frozen_head=False)
+        for _ in range(40):
+            descent.step(x, y, Budget(forward=6, adjoint=2))
+        sizes[penalty] = jacobian_sizes(model, x[:3])
+    assert sizes[3.0][0] < 0.95 * sizes[0.0][0]
+    assert sizes[3.0][1] < 0.5 * sizes[0.0][1]
+
+
+def test_a_round_with_jacobian_penalty_is_reproducible_and_its_loss_is_without() -> None:
+    plan = replace(PLAN, jacobian_penalty=0.5)
+    results = [learner_of(RESIDUAL, plan=plan).train(first_task(RESIDUAL, seed=seed)) for seed in (7, 7)]
+    plain = learner_of(RESIDUAL).train(first_task(RESIDUAL))
+    assert np.array_equal(results[0].difference, results[1].difference)
+    assert not np.array_equal(results[0].difference, plain.difference)
+    assert results[0].loss == pytest.approx(plain.loss, rel=0.5)
+
+
+def test_the_jacobian_penalty_costs_one_evaluation_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = DEQ(RESIDUAL), blobs(RESIDUAL)
+    model.load(*initial(RESIDUAL, 0))
+    calls = []
+    step = model.cell.step
+
+    def counted(z: torch.Tensor, injection: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return step(z, injection)
+
+    monkeypatch.setattr(model.cell, "step", counted)
+    descent = Descent(model, replace(PLAN, jacobian_penalty=0.5), rate=0.0, pull=None, frozen_head=False)
+    descent.step(torch.from_numpy(data.x_train), torch.from_numpy(data.y_train), Budget(forward=4, adjoint=2))
+    assert len(calls) == 5
 
 
 def test_a_refitted_head_stays_as_fitted_while_theta_moves() -> None:
@@ -299,7 +351,7 @@ def test_two_devices_that_lack_a_class_each_learn_it_from_the_other() -> None:
         str(classes): learner_of(plan=plan, method=SHARED, data=blobs(SPEC, classes=classes))
         for classes in ((0, 1), (1, 2))
     }
-    consensus = Consensus(first_task(method=SHARED).z, method=SHARED, bounds=row_bounds(SPEC))
+    consensus = Consensus(first_task(method=SHARED).z, method=SHARED, constraints=constraints(SPEC))
     duals = {name: np.zeros_like(consensus.z_hat) for name in learners}
     for name, learner in learners.items():
         consensus.join(name, learner.samples)
