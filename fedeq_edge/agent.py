@@ -286,6 +286,7 @@ class Agent:
             elif isinstance(action, Configure):
                 self._manifest = action.manifest
                 self._end_trainer("the federation has changed")
+                self._check_energy(action.manifest)
             elif isinstance(action, Train):
                 self._ask(exchange.Work(task=action.task), action.deadline_s)
             elif isinstance(action, Personalise):
@@ -293,6 +294,15 @@ class Agent:
                 self._ask(exchange.Fit(z=action.z, head=action.head), action.deadline_s)
             elif isinstance(action, Finished):
                 log.info("the federation has finished")  # a trainer at work makes its model, and ends when idle
+
+    def _check_energy(self, manifest: Manifest) -> None:
+        """Say once that we cannot keep a limit in joules, and why."""
+        profile = self._settings.profile
+        if manifest.plan.get("energy_j") is not None and not (profile and load_profile(profile).active_watts):
+            log.warning(
+                "the plan limits joules, but our watts are not known: going by seconds",
+                extra={"profile": profile or None, "remedy": "set active_watts in the board's profile"},
+            )
 
     def _publish(self, action: Publish) -> None:
         try:

@@ -90,7 +90,8 @@ class Trainer:
     """A learner with the limits of its board."""
 
     def __init__(self, setup: Setup) -> None:
-        self._limits = load_profile(setup.profile).limits if setup.profile else _UNKNOWN_BOARD
+        board = load_profile(setup.profile) if setup.profile else None
+        self._limits = board.limits if board else _UNKNOWN_BOARD
         cache = Path(setup.cache)
         name = hashlib.sha256(msgspec.json.encode((setup.spec, setup.plan.batch, setup.plan.budgets, setup.slowdown)))
         self._cache = cache.with_name(f"{cache.name}-{name.hexdigest()[:12]}")
@@ -104,6 +105,7 @@ class Trainer:
             clock=DeviceClock(slowdown=setup.slowdown, shared=setup.shared),
             calibration=known,
             speed=lambda: derate(read(), self._limits).factor,
+            watts=board.active_watts if board else None,
         )
         if known is None:
             storage.save(self._cache, self.learner.calibrate())

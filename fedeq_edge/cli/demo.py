@@ -205,6 +205,7 @@ class _Table:
 
 def _show(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(_devices(summary["devices"]))
+    console.print(_proofs(summary), highlight=False)
     accuracy = summary["accuracy"]
     sent, whole = summary["bytes_per_client_round"], summary["bytes_per_client_round"]["float32_full_model"]
     saved = summary["errors_saved"]
@@ -246,4 +247,25 @@ def _devices(devices: Sequence[Mapping[str, Any]]) -> Table:
             _number(onnx.get("iterations"), ".1f"),
             _number(onnx.get("latency_ms"), ".2f"),
         )
+    return table
+
+
+def _proofs(summary: Mapping[str, Any]) -> RenderableType:
+    """What is proven of each personal model; one line where nothing is."""
+    devices = summary["devices"]
+    if not any(device["certificate"] for device in devices):
+        return (
+            f"no proof: a {summary['model']['cell']} cell without a certificate; residuals are measured, not promised"
+        )
+    table = Table(caption="for every input, |z_K - z*| <= bound", caption_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("device", no_wrap=True)
+    for name in ("gamma", "K", "bound", "norm"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for device in devices:
+        proof = device["certificate"]
+        cells = ("-", "-", "no proof", "-")
+        if proof:
+            unit = " rms(u)" if proof["unit"] == "injection" else ""
+            cells = (f"{proof['gamma']:.3f}", str(proof["evaluations"]), f"{proof['bound']:.1e}{unit}", proof["norm"])
+        table.add_row(device["id"], *cells)
     return table

@@ -10,29 +10,42 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fedeq_edge import modelfile
-from fedeq_edge.hardware.budget import budget_of, choose
+from fedeq_edge.deq.wellposed import certificate
+from fedeq_edge.errors import ConfigError
+from fedeq_edge.hardware.budget import budget_of, choose, for_certificate, seconds_of, step_seconds
 from fedeq_edge.hardware.probe import probe as probe_machine
 from fedeq_edge.hardware.probe import recognise
 from fedeq_edge.hardware.profiles import profiles
 from fedeq_edge.storage import finite
-from fedeq_edge.training.step import Plan
+from fedeq_edge.training.step import Calibration, Plan
 
 app = typer.Typer(help="This machine, and the boards that are known.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command(epilog="Example: fedeq device probe --model personal.fedeq --compute-s 2 --json")
+@app.command(epilog="Example: fedeq device probe --model personal.fedeq --compute-s 2 --accuracy 0.01 --json")
 def probe(
     model: Annotated[Path | None, typer.Option(help="Also measure a training step of this model here.")] = None,
     compute_s: Annotated[float, typer.Option(min=0.001, help="Seconds of training that a round allows.")] = 30.0,
     steps: Annotated[int, typer.Option(min=1, help="Training steps in a round.")] = 16,
+    energy_j: Annotated[
+        float | None, typer.Option(min=0.001, help="Joules of training that a round allows, on a board of known watts.")
+    ] = None,
+    accuracy: Annotated[
+        float | None,
+        typer.Option(min=1e-9, help="Also find the least budget proven to reach |z_K - z*| <= this."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Show cores, memory, CPU part, temperature, throttling, battery, limits, and the iteration budget of a model."""
+    if model is None and (energy_j, accuracy) != (None, None):
+        raise ConfigError("--energy-j and --accuracy are about a model's budget; name the model with --model")
     machine = probe_machine()
     board = recognise(machine)
     found: dict[str, Any] = {**msgspec.to_builtins(machine), "profile": board.id if board else None}
     if model is not None:
-        found["model"] = _measure(model, compute_s, steps)
+        watts = board.active_watts if board else None
+        allowed_s = compute_s if energy_j is None else min(compute_s, seconds_of(energy_j, watts))
+        found["model"] = _measure(model, allowed_s, steps, accuracy)
     if as_json:
         typer.echo(json.dumps(finite(found)))
         return
@@ -42,12 +55,12 @@ def probe(
     Console(stderr=True).print(table)
 
 
-def _measure(path: Path, compute_s: float, steps: int) -> dict[str, Any]:
-    """Calibration of the model in `path` on this machine, and the budget that follows from it."""
+def _measure(path: Path, compute_s: float, steps: int, accuracy: float | None) -> dict[str, Any]:
+    """Calibration of the model in `path` here, the budget that follows from it, and what is proven of its answers."""
     from fedeq_edge.training.cost import calibrate_model  # noqa: PLC0415  # torch, only when it is asked for
 
-    plan = Plan(compute_s=compute_s)
-    calibration = calibrate_model(modelfile.read(path).spec, plan)
+    model, plan = modelfile.read(path), Plan(compute_s=compute_s)
+    calibration = calibrate_model(model.spec, plan)
     allowance = choose(
         calibration, steps=steps, compute_s=compute_s, menu=plan.budgets, adjoint_ratio=plan.adjoint_ratio
     )
@@ -56,7 +69,21 @@ def _measure(path: Path, compute_s: float, steps: int) -> dict[str, Any]:
         "budget": msgspec.to_builtins(budget_of(allowance.budget.forward, plan.adjoint_ratio)),
         "steps": allowance.steps,
         "predicted_s": allowance.predicted_s,
+        "certificate": msgspec.to_builtins(certificate(model.theta, model.spec, allowance.budget.forward)),
+        **({} if accuracy is None else {"proven": _proven(model, calibration, accuracy)}),
     }
+
+
+def _proven(model: modelfile.ModelFile, calibration: Calibration, accuracy: float) -> dict[str, Any]:
+    """The least budget that is proven to reach `accuracy`, and what a training step with it costs here."""
+    first = certificate(model.theta, model.spec, evaluations=1)
+    if first is None:
+        raise ConfigError(
+            "--accuracy: nothing is proven of this model, its cell is no certified contraction; "
+            'train one with cell = "contractive" or "monotone", or leave --accuracy out'
+        )
+    budget = for_certificate(first, accuracy)
+    return {"accuracy": accuracy, "budget": msgspec.to_builtins(budget), "step_s": step_seconds(calibration, budget)}
 
 
 @app.command(name="list", epilog="Example: fedeq device list")
@@ -66,10 +93,11 @@ def list_boards(as_json: Annotated[bool, typer.Option("--json", help="Print JSON
     if as_json:
         typer.echo(json.dumps([msgspec.to_builtins(profile) for profile in known.values()]))
         return
-    table = Table(Column("id", no_wrap=True), "board", "architecture", "cores", "memory", "speed")
-    table.caption = "speed: of one core, relative to x86-64; estimates until a device has been calibrated"
+    table = Table(Column("id", no_wrap=True), "board", "architecture", "cores", "memory", "speed", "W")
+    table.caption = "speed: of one core, relative to x86-64; W: of the board at work; estimates until measured"
     for profile in known.values():
         memory = f"{profile.memory_bytes / 2**30:.3g} GiB"
         speed = f"{profile.relative_speed:g}"
-        table.add_row(profile.id, profile.name, profile.arch, str(profile.cores), memory, speed)
+        watts = "-" if profile.active_watts is None else f"{profile.active_watts:g}"
+        table.add_row(profile.id, profile.name, profile.arch, str(profile.cores), memory, speed, watts)
     Console(stderr=True).print(table)

@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fedeq_edge import modelfile
-from fedeq_edge.data.npz import load_client
+from fedeq_edge.cli import bench
+from fedeq_edge.cli.ask import ask, test_part
 from fedeq_edge.deq.layout import head_layout, size, theta_layout
-from fedeq_edge.errors import ConfigError
 from fedeq_edge.storage import finite
 
 app = typer.Typer(
     help="Personal models: look at them, export them, ask them.", no_args_is_help=True, rich_markup_mode=None
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+app.command(name="bench", epilog=bench.EXAMPLE)(bench.bench)
 
 
 @app.command(epilog="Example: fedeq model export personal.fedeq --out model.onnx --budget 12")
@@ -93,26 +94,22 @@ def _onnx_facts(path: Path) -> dict[str, object]:
     return {"input_shape": list(predictor.input_shape), **predictor.metadata}
 
 
-@app.command(epilog="Example: fedeq model infer model.onnx data.npz --budget 4")
+@app.command(epilog="Example: fedeq model infer personal.fedeq data.npz --budget 4")
 def infer(
-    model: Annotated[Path, typer.Argument(help="An exported .onnx file.")],
+    model: Annotated[Path, typer.Argument(help="A personal.fedeq or an exported .onnx file.")],
     data: Annotated[Path, typer.Argument(help="An .npz with x and y, as a device has it.")],
     budget: Annotated[
         int | None, typer.Option(min=1, help="Most cell evaluations; the file's own if not given.")
     ] = None,
-    tol: Annotated[float | None, typer.Option(min=0.0, help="Residual at which a sample stops.")] = None,
+    tol: Annotated[float | None, typer.Option(min=0.0, help="Residual at which a sample stops; 0: never.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask an exported model about the test part of a data file, with onnxruntime."""
-    from fedeq_edge.onnx.runtime import Predictor  # noqa: PLC0415  # onnxruntime only where needed
-
-    loaded = load_client(data)
-    if not len(loaded.y_test):
-        raise ConfigError(f"{data} has no test rows; mark some in an array named split")
-    answer = Predictor(model).infer(loaded.x_test, budget=budget, tol=tol)
+    """Ask a model about the test part of a data file: .onnx by onnxruntime; .fedeq by numpy if dense, else by torch."""
+    x, y = test_part(data)
+    answer = ask(model, x, budget=budget, tol=tol)
     told = {
-        "samples": len(loaded.y_test),
-        "accuracy": float(np.mean(answer.logits.argmax(1) == loaded.y_test)),
+        "samples": len(y),
+        "accuracy": float(np.mean(answer.logits.argmax(1) == y)),
         "iterations_mean": float(answer.iterations.mean()),
         "residual_max": float(answer.residual.max()),
         "labels": list(answer.labels),

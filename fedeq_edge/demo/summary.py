@@ -127,6 +127,7 @@ def _device_summary(
             "adjoint": max((line["adjoint"] for line in own), default=None),
         },
         "residual_mean": _mean(line["residual"] for line in own),
+        "certificate": told.get("certificate"),
         "seconds_per_round": _mean(line["seconds"] for line in own),
         "rss_idle_bytes": told.get("rss_idle_bytes"),
         "rss_peak_bytes": told.get("rss_peak_bytes"),

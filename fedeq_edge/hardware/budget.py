@@ -1,6 +1,8 @@
-"""From measured cost and the time that a round allows to an iteration budget.
+"""From measured cost and what may be spent (seconds, joules), or from what is to be reached, to an iteration budget.
 
-A budget is K forward evaluations and k adjoint terms.
+A budget is K forward evaluations and k adjoint terms. `within_seconds` and `within_joules` give the largest that one
+training step affords, `for_certificate` the smallest whose answer is proven to be accurate enough; `choose` plans a
+whole round.
 
 Theory of operation. One training step costs  fixed + K * evaluation + k * adjoint  seconds (`Calibration`).
 During training a device draws K per batch, uniformly from the part of the fleet's menu that it can afford
@@ -10,11 +12,13 @@ remembers, as `drift`, how far the calibration was off: the next `choose` gets
 `derate = throttle factor / drift`. No function here reads a clock: elapsed time is an argument.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedeq_edge.deq.wellposed import Certificate, adjoint_terms_for, evaluations_for
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.training.step import Budget, Calibration
+from fedeq_edge.training.step import LARGEST_BUDGET, Budget, Calibration
 
 # A fifth of the round's time stays free for evaluation, garbage collection and a neighbour's burst.
 PLANNED_SHARE = 0.8
@@ -56,6 +60,65 @@ def mean_step_seconds(calibration: Calibration, menu: Sequence[int], adjoint_rat
     return sum(step_seconds(calibration, budget_of(K, adjoint_ratio)) for K in menu) / len(menu)
 
 
+def seconds_of(joules: float, watts: float | None) -> float:
+    """How long a board that draws `watts` may compute on `joules`. Raises ConfigError where its watts are not known."""
+    if watts is None:
+        raise ConfigError(
+            f"energy: {joules:g} J cannot be turned into seconds, because the board's profile states no active_watts; "
+            "measure the board, write it into devices/<board>/profile.toml, or give seconds"
+        )
+    return joules / watts
+
+
+def round_seconds(compute_s: float, energy_j: float | None, watts: float | None) -> float:
+    """Seconds that training may take in a round: `compute_s`, or less where `energy_j` joules are spent before.
+
+    A board whose watts are not known goes by `compute_s` alone (whoever runs it says so: agent.py).
+    """
+    return compute_s if energy_j is None or watts is None else min(compute_s, seconds_of(energy_j, watts))
+
+
+def within_seconds(calibration: Calibration, seconds: float, adjoint_ratio: float) -> Budget:
+    """The largest budget with which one training step costs at most `seconds`; k follows K (`budget_of`).
+
+    K is at most LARGEST_BUDGET. Raises ConfigError where K = 1 costs more already.
+    """
+    affordable = bisect_right(
+        range(1, LARGEST_BUDGET + 1),
+        seconds,
+        key=lambda K: step_seconds(calibration, budget_of(K, adjoint_ratio)),
+    )
+    if affordable < 1:
+        least = step_seconds(calibration, budget_of(1, adjoint_ratio))
+        raise ConfigError(
+            f"budget: one training step with a single evaluation takes {least:.2g} s, more than the {seconds:.2g} s "
+            "allowed; allow more, or use a smaller batch or model"
+        )
+    return budget_of(affordable, adjoint_ratio)
+
+
+def within_joules(calibration: Calibration, joules: float, adjoint_ratio: float, watts: float | None) -> Budget:
+    """The largest budget with which one training step costs a board of `watts` at most `joules`.
+
+    Raises ConfigError where K = 1 costs more, or where the board's watts are not known (None).
+    """
+    return within_seconds(calibration, seconds_of(joules, watts), adjoint_ratio)
+
+
+def for_certificate(first: Certificate, accuracy: float) -> Budget:
+    """The least K that is proven to bring |z_K - z*| to `accuracy`, and the least k whose gradient errs by no more.
+
+    first: the certificate of the fewest evaluations of interest, usually 1; `accuracy` is in its norm and unit.
+    |u - u_k| <= accuracy |v| for the k-term adjoint (algorithm.md section 3). Raises ConfigError for accuracy <= 0.
+    Rounding sets a floor to the bound (some 1e-6 / (1 - gamma)): below it more evaluations promise nothing.
+    """
+    terms = adjoint_terms_for(first.gamma, accuracy)
+    if first.bound <= accuracy:
+        return Budget(forward=first.evaluations, adjoint=terms)
+    more = evaluations_for(first.gamma, accuracy, distance=first.bound)
+    return Budget(forward=first.evaluations + more, adjoint=terms)
+
+
 def choose(
     calibration: Calibration,
     *,
@@ -64,15 +127,17 @@ def choose(
     menu: Sequence[int],
     adjoint_ratio: float,
     derate: float = 1.0,
+    enough: int | None = None,
 ) -> Allowance:
     """The largest budget whose `steps` training steps fit into four fifths of `compute_s` device seconds.
 
-    derate: speed relative to the calibration, > 0 (throttling, drift). Where even the smallest K of the menu
-    does not fit, the number of steps falls instead, to 1 at least. K and steps never fall when `compute_s` or
-    `derate` grows.
+    derate: speed relative to the calibration, > 0 (throttling, drift). enough: evaluations after which the answer is
+    proven to be as accurate as was asked (`for_certificate`); larger entries of the menu become this one.
+    Where even the smallest K of the menu does not fit, the number of steps falls instead, to 1 at least. K and steps
+    never fall when `compute_s` or `derate` grows.
     Raises ConfigError for a menu that is empty or holds a K below 1, ValueError for `derate` <= 0.
     """
-    sizes = _ascending(menu)
+    sizes = _ascending(menu if enough is None else [min(K, enough) for K in menu])
     if not derate > 0:
         raise ValueError(f"derate must be positive, got {derate}: a device that abstains chooses no budget")
     available_s = PLANNED_SHARE * compute_s * derate

@@ -4,6 +4,7 @@ An idle agent reads its board's, so nothing here imports psutil, which the probe
 """
 
 import difflib
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -30,6 +31,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     wheel_tag: platform tag of the wheels that it takes. cpu_part: "CPU part" of /proc/cpuinfo (empty on x86).
     model: beginning of its device-tree model (empty where it has none). relative_speed: speed of one core at fp32
     work of this kind, the x86-64 reference core being 1.0; an estimate until the device has been calibrated.
+    active_watts: what the whole board draws while it computes, an estimate (devices/README.md); None: not known.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     memory_bytes: int
     relative_speed: float
     limits: DeviceLimits
+    active_watts: float | None = None
     cpu_part: str = ""
     model: str = ""
     notes: str = ""
@@ -71,4 +74,6 @@ def _load(path: Path) -> Profile:
         raise ConfigError(f"{path}: id is {profile.id!r} but its folder is {path.parent.name!r}; make them equal")
     if not (profile.relative_speed > 0 and profile.cores > 0 and profile.memory_bytes > 0):
         raise ConfigError(f"{path}: relative_speed, cores and memory_bytes must be positive")
+    if profile.active_watts is not None and not 0.0 < profile.active_watts < inf:
+        raise ConfigError(f"{path}: active_watts is {profile.active_watts}; give watts above 0, or leave it out")
     return profile

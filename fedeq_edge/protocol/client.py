@@ -424,6 +424,7 @@ def _report(task: messages.Task, personal: Personal, usage: Usage) -> messages.R
         forward=personal.budget.forward,
         adjoint=personal.budget.adjoint,
         residual=personal.residual,
+        certificate=personal.certificate,
         accuracy_personal=personal.accuracy_personal,
         accuracy_consensus=personal.accuracy_consensus,
         local_only=personal.local_only,

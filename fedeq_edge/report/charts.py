@@ -1,63 +1,23 @@
-"""What the report draws: positions in percent of the plot, from the left and from the bottom."""
+"""What the demo's report draws."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from fedeq_edge.report.axes import (
+    AXIS_TICKS,
+    Axis,
+    Chart,
+    ErrorAxis,
+    Line,
+    Tick,
+    line_through,
+    linear_axis,
+    log_axis,
+    round_step,
+)
 from fedeq_edge.report.facts import Device, Round, RoundTraffic, Summary
 from fedeq_edge.report.numbers import TIE, number, percent, percent_mark, significant
-
-AXIS_TICKS = 7  # as many labels as fit side by side on a phone
-LOG_TICKS = 10  # as many as fit above each other
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tick:
-    """One label of an axis."""
-
-    at: float
-    label: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """From values to positions; a low above the high turns it round. log: for values > 0. values: those with a tick."""
-
-    low: float
-    high: float
-    values: tuple[float, ...]
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """Position of a value in percent; the middle of an axis that has one value only."""
-        low, high, here = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return 50.0 if high == low else round(100 * (here - low) / (high - low), 2)
-
-    def ticks(self, label: Callable[[float], str]) -> list[Tick]:
-        """A tick for each round value of the axis."""
-        return [Tick(at=self.at(value), label=label(value)) for value in self.values]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """A line of a chart. style: its class in the style sheet; path: SVG in the 100 x 100 of the plot, y downwards."""
-
-    label: str
-    style: str
-    path: str
-    markers: tuple[tuple[float, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    """A line chart over rounds. description: what a reader who cannot see it must know. band: SVG path or ""."""
-
-    description: str
-    x: list[Tick]
-    y: list[Tick]
-    lines: list[Line]
-    band: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,73 +85,13 @@ class Participation:
     median_s: float | None
 
 
-# Axes
+# Charts over rounds
 
 
 def _round_axis(rounds: Sequence[Round]) -> Axis:
     low, high = rounds[0].round, rounds[-1].round
-    step = max(1, int(_round_step(high - low, AXIS_TICKS)))
+    step = max(1, int(round_step(high - low, AXIS_TICKS)))
     return Axis(low=low, high=high, values=tuple(range(low + -low % step, high + 1, step)))
-
-
-def _linear_axis(low: float, high: float) -> Axis:
-    """The shortest axis between multiples of a round step that holds both; half a point wide at least."""
-    step = _round_step(max(high - low, 0.005), AXIS_TICKS - 1)
-    first, last = math.floor(low / step + TIE), math.ceil(high / step - TIE)
-    last = max(last, first + 1)
-    return Axis(low=first * step, high=last * step, values=tuple(i * step for i in range(first, last + 1)))
-
-
-def _round_step(span: float, at_most: int) -> float:
-    """The least of 1, 2, 5 times a power of ten that divides `span` into `at_most` parts or fewer."""
-    if span <= 0:
-        return 1.0
-    scale: float = 10.0 ** math.floor(math.log10(span / at_most))
-    return next(factor * scale for factor in (1, 2, 5, 10) if factor * scale * at_most >= span * (1 - TIE))
-
-
-def _log_axis(low: float, high: float) -> Axis:
-    """Between two of 1, 2, 5 times a power of ten; a tick at each of them, or at decades where those are too many."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
-    first = max(mark for mark in marks if mark <= low * (1 + TIE))
-    last = min(mark for mark in marks if mark >= high * (1 - TIE) and mark > first)
-    inside = [mark for mark in marks if first <= mark <= last]
-    if len(inside) > LOG_TICKS:
-        inside = [10.0**decade for decade in decades if first <= 10.0**decade <= last]
-    return Axis(low=first, high=last, values=tuple(inside), log=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ErrorAxis:
-    """Accuracies by the logarithm of their errors, so that 95 and 99 % stand as far apart as 75 and 95 %.
-
-    On an even axis a federation that starts near chance and ends near 100 % looks like a step, and what it gains over
-    training alone vanishes in the upper edge. No errors at all would be infinitely far up: `least` stands for it.
-    """
-
-    axis: Axis
-    least: float
-
-    @classmethod
-    def of(cls, accuracies: Sequence[float]) -> "_ErrorAxis":
-        """An axis that holds all of them, the best at the top."""
-        errors = [1 - value for value in accuracies if value < 1 - TIE] or [0.01]
-        inner = _log_axis(min(*errors, 0.5), max(errors))  # with 50 % where all do worse: never an error beyond 1
-        flawless = max(accuracies) >= 1 - TIE
-        best, values = (inner.low / 2, (inner.low / 2, *inner.values)) if flawless else (inner.low, inner.values)
-        return cls(axis=Axis(low=inner.high, high=best, values=values, log=True), least=best if flawless else 0.0)
-
-    def error(self, accuracy: float) -> float:
-        """Where an accuracy stands on `axis`."""
-        return max(1 - accuracy, self.least)
-
-    def label(self, error: float) -> str:
-        """The accuracy with that error."""
-        return percent_mark(1.0 if error <= self.least else 1 - error)
-
-
-# Charts over rounds
 
 
 def accuracy_chart(run: Summary, rounds: Sequence[Round]) -> Chart | None:
@@ -202,7 +102,7 @@ def accuracy_chart(run: Summary, rounds: Sequence[Round]) -> Chart | None:
     finals = (("personal", run.accuracy.personal), ("alone", run.accuracy.local_only))
     references = [(style, value) for style, value in finals if value is not None]
     known = [value for line in measured for value in line.accuracies] + [value for _, value in references]
-    x, y = _round_axis(rounds), _ErrorAxis.of(known)
+    x, y = _round_axis(rounds), ErrorAxis.of(known)
     means = [(line.round, y.error(fmean(line.accuracies))) for line in measured]
     ranges = [(line.round, y.error(min(line.accuracies)), y.error(max(line.accuracies))) for line in measured]
     return Chart(
@@ -210,7 +110,7 @@ def accuracy_chart(run: Summary, rounds: Sequence[Round]) -> Chart | None:
         x=x.ticks(number),
         y=y.axis.ticks(y.label),
         lines=[
-            _line("Consensus, mean over devices", "mean", means, x, y.axis),
+            line_through("Consensus, mean over devices", "mean", means, x, y.axis),
             *(_level(style, value, y) for style, value in references),
         ],
         band=_band(ranges, x, y.axis),
@@ -226,7 +126,7 @@ def _accuracy_in_words(measured: Sequence[Round]) -> str:
     )
 
 
-def _level(style: str, accuracy: float, y: _ErrorAxis) -> Line:
+def _level(style: str, accuracy: float, y: ErrorAxis) -> Line:
     names = {"personal": "Personal models, after the last round", "alone": "Each device alone"}
     up = y.axis.at(y.error(accuracy))
     return Line(label=f"{names[style]}: {percent(accuracy)}", style=style, path=f"M0 {100 - up:g}H100")
@@ -239,33 +139,21 @@ def residual_chart(rounds: Sequence[Round]) -> Chart | None:
     known = [value for _, value in primal + dual if value]
     if not known:
         return None
-    x, y = _round_axis(rounds), _log_axis(min(known), max(known))
+    x, y = _round_axis(rounds), log_axis(min(known), max(known))
     return Chart(
         description=f"Consensus residuals by round, logarithmic: {_course('primal', primal)}; {_course('dual', dual)}.",
         x=x.ticks(number),
         y=y.ticks(significant),
-        lines=[_line("Primal residual", "primal", primal, x, y), _line("Dual residual", "dual", dual, x, y)],
+        lines=[
+            line_through("Primal residual", "primal", primal, x, y),
+            line_through("Dual residual", "dual", dual, x, y),
+        ],
     )
 
 
 def _course(name: str, values: Sequence[tuple[float, float | None]]) -> str:
     known = [value for _, value in values if value]
     return f"{name} from {significant(known[0])} to {significant(known[-1])}" if known else f"{name} unknown"
-
-
-def _line(label: str, style: str, values: Iterable[tuple[float, float | None]], x: Axis, y: Axis) -> Line:
-    """A line through the values; one that is unknown, or 0 on a logarithmic axis, interrupts it."""
-    parts: list[str] = []
-    markers: list[tuple[float, float]] = []
-    pen = "M"
-    for across, up in values:
-        if up is None or (y.log and up <= 0):
-            pen = "M"
-            continue
-        markers.append((x.at(across), y.at(up)))
-        parts.append(f"{pen}{x.at(across):g} {100 - y.at(up):g}")
-        pen = "L"
-    return Line(label=label, style=style, path="".join(parts), markers=tuple(markers))
 
 
 def _band(ranges: Sequence[tuple[int, float, float]], x: Axis, y: Axis) -> str:
@@ -315,7 +203,7 @@ def gains(devices: Sequence[Device]) -> Gains:
     if not pairs:
         return Gains(rows=[], ticks=[], unknown=len(devices))
     known = [value for _, *both in pairs for value in both]
-    axis = _linear_axis(min(known), max(known))
+    axis = linear_axis(min(known), max(known))
     rows = [_gain(device, alone, personal, axis) for device, alone, personal in pairs]
     rows.sort(key=lambda row: -row.difference)
     return Gains(rows=rows, ticks=axis.ticks(percent_mark), unknown=len(devices) - len(rows))

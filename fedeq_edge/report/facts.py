@@ -3,6 +3,7 @@
 import msgspec
 
 from fedeq_edge.consensus.methods import Heads
+from fedeq_edge.deq.wellposed import Certificate
 
 
 class Data(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +80,7 @@ class Onnx(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One device over the whole run."""
+    """One device over the whole run. certificate: of its personal model at its K, None without a proof."""
 
     id: str
     profile: str
@@ -87,6 +88,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     samples: int | None = None
     budget: Budget = Budget()
     residual_mean: float | None = None
+    certificate: Certificate | None = None
     seconds_per_round: float | None = None
     rss_idle_bytes: float | None = None
     rss_peak_bytes: float | None = None

@@ -29,7 +29,7 @@ def render(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> 
     """
     facts = msgspec.convert(finite(summary), Summary)
     rounds = [msgspec.convert(finite(line), Round) for line in history if line.get("kind") == "round"]
-    return _template().render(
+    return template("report.html.jinja").render(
         run=facts,
         rounds=rounds,
         emulated=sum(device.emulated for device in facts.devices),
@@ -42,7 +42,8 @@ def render(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> 
     )
 
 
-def _template() -> "jinja2.Template":
+def template(name: str) -> "jinja2.Template":
+    """A template of this package with the filters for numbers. Raises ConfigError without jinja2."""
     try:
         import jinja2  # noqa: PLC0415 - of the demo extra; an agent or a gateway has no use for it
     except ImportError:
@@ -63,4 +64,4 @@ def _template() -> "jinja2.Template":
         duration=numbers.duration,
         plural=numbers.plural,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)

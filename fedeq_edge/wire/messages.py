@@ -14,6 +14,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from fedeq_edge.deq.wellposed import Certificate
 from fedeq_edge.errors import RemoteWireError
 from fedeq_edge.wire import frame
 from fedeq_edge.wire.chunks import DIGEST_BYTES
@@ -173,6 +174,7 @@ class Model(Message, frozen=True, kw_only=True):
 class Report(Message, frozen=True, kw_only=True):
     """A device's own model after the federation, in numbers; the model itself never leaves the device.
 
+    certificate: what is proven of its answers at K = `forward`, None without a proof.
     accuracies are NaN without a test part; local_only is None unless the plan asked for it. *_bytes: resident memory
     of the link process at rest and the peak of link and trainer together.
     """
@@ -182,6 +184,7 @@ class Report(Message, frozen=True, kw_only=True):
     forward: Evaluations
     adjoint: Evaluations
     residual: float
+    certificate: Certificate | None
     accuracy_personal: float
     accuracy_consensus: float
     local_only: float | None

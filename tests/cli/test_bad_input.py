@@ -72,6 +72,7 @@ OBJECTS = np.array([[1, 2], None], dtype=object)
 CLIENTS = np.arange(10) // 5
 AGENT, AGGREGATOR = ("agent", "run"), ("aggregator", "run")
 INSPECT, INSPECT_FLEET = ("data", "inspect", "data.npz"), ("data", "inspect", "fleet.npz", "--client", "client")
+BENCH = ("model", "bench", "no.fedeq")
 DEMO = ("demo", "--data", "fleet.npz", "--out", "out")
 
 
@@ -127,6 +128,19 @@ def _nothing(_place: Path) -> None:
         (("model", "inspect", "no.onnx"), _nothing, 1, r"no\.onnx"),
         (("model", "infer", "no.onnx", "data.npz"), _nothing, 1, r"no\.onnx"),
         (("model", "infer", "data.npz", "data.npz"), _nothing, 1, r"data\.npz"),
+        (("model", "infer", "no.fedeq", "data.npz"), _nothing, 2, r"no\.fedeq does not exist"),
+        ((*BENCH, "--budgets", "4..1"), _nothing, 2, r"'4\.\.1' is neither .* write for example 1\.\.32"),
+        ((*BENCH, "--budgets", "0..3"), _nothing, 2, r"within 1 to 1000"),
+        ((*BENCH, "--budgets", "1..1001"), _nothing, 2, r"within 1 to 1000"),
+        ((*BENCH, "--budgets", "1,,2"), _nothing, 2, r"'' is neither"),
+        ((*BENCH, "--budgets", "1-4"), _nothing, 2, r"'1-4' is neither"),
+        ((*BENCH, "--budgets", "many"), _nothing, 2, r"'many' is neither"),
+        ((*BENCH, "--out", "curve.png"), _nothing, 2, r"curve\.png: the curve is drawn as \.html or \.svg"),
+        ((*BENCH, "--out", "nowhere/curve.svg"), _nothing, 2, "folder nowhere does not exist"),
+        (BENCH, _nothing, 2, r"no\.fedeq does not exist"),
+        (("model", "bench", "no.onnx"), _nothing, 2, r"bench takes the personal\.fedeq"),
+        (("device", "probe", "--accuracy", "0.1"), _nothing, 2, "name the model with --model"),
+        (("device", "probe", "--energy-j", "5"), _nothing, 2, "name the model with --model"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_file(

@@ -30,6 +30,18 @@ def personal(place: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def image(place: Path) -> Path:
+    """A model of images, and data for it in images.npz."""
+    spec = ModelSpec(input_shape=(1, 6, 6), classes=2, cell="residual", channels=8, groups=4)
+    theta, head = initial(spec, 0)
+    path = place / "image.fedeq"
+    modelfile.write(path, modelfile.ModelFile(spec=spec, theta=theta, head=head, budget=Budget(forward=4, adjoint=2)))
+    x = np.random.default_rng(0).normal(size=(40, 1, 6, 6)).astype(np.float32)
+    np.savez(place / "images.npz", x=x, y=np.arange(40) % 2)
+    return path
+
+
 def _json(fedeq: "Fedeq", *arguments: str | Path) -> Any:
     told = fedeq(*arguments, "--json")
     assert told.status == 0, told.err
@@ -85,6 +97,71 @@ def test_a_model_is_exported_inspected_and_asked(fedeq: "Fedeq", place: Path, pe
     answer = _json(fedeq, "model", "infer", "model.onnx", "data.npz", "--budget", "1")
     assert answer["samples"] == 8
     assert answer["iterations_mean"] == 1.0
+
+
+def test_a_personal_model_answers_as_the_file_exported_from_it(fedeq: "Fedeq", place: Path, personal: Path) -> None:
+    fedeq("model", "export", personal)
+    ours, exported = (
+        _json(fedeq, "model", "infer", model, "data.npz", "--budget", "5", "--tol", "1e-3")
+        for model in (personal, "model.onnx")
+    )
+    assert ours["residual_max"] == pytest.approx(exported.pop("residual_max"), rel=1e-3)
+    ours.pop("residual_max")
+    assert ours == exported
+
+
+def test_a_personal_model_of_images_is_answered_with_the_whole_budget_if_no_sample_may_stop(
+    fedeq: "Fedeq", place: Path, image: Path
+) -> None:
+    answer = _json(fedeq, "model", "infer", image, "images.npz", "--budget", "4", "--tol", "0")
+    assert (answer["samples"], answer["iterations_mean"]) == (8, 4.0)
+
+
+def test_model_bench_tells_the_curve_of_a_dense_model_by_both_libraries(
+    fedeq: "Fedeq", place: Path, personal: Path
+) -> None:
+    told = _json(fedeq, "model", "bench", personal, "data.npz", "--budgets", "1..3,8")
+    assert [point["evaluations"] for point in told["points"]] == [1, 2, 3, 8]
+    assert (told["samples"], told["own_budget"]) == (8, 6)
+    for point in told["points"]:
+        assert set(point["timings"]) == {"numpy", "torch"}
+        assert 0 <= point["accuracy"] <= 1
+        assert point["certificate"]["evaluations"] == point["evaluations"]
+    bounds = [point["certificate"]["bound"] for point in told["points"]]
+    assert bounds == sorted(bounds, reverse=True)
+    assert told["points"][-1]["change"] == 0
+
+
+def test_model_bench_without_data_or_proof_leaves_out_what_it_cannot_know(fedeq: "Fedeq", image: Path) -> None:
+    told = _json(fedeq, "model", "bench", image, "--budgets", "2")
+    (point,) = told["points"]
+    assert (point["accuracy"], point["certificate"]) == (None, None)
+    assert set(point["timings"]) == {"torch"}
+    shown = fedeq("model", "bench", image, "--budgets", "2").err
+    assert "no proof" in shown
+
+
+@pytest.mark.parametrize("name", ["curve.html", "curve.svg"])
+def test_model_bench_draws_its_curve(fedeq: "Fedeq", place: Path, personal: Path, name: str) -> None:
+    told = fedeq("model", "bench", personal, "data.npz", "--budgets", "1,4", "--out", name)
+    assert told.status == 0, told.err
+    assert f"drawn in {name}" in told.err
+    assert "<svg" in (place / name).read_text()
+
+
+def test_device_probe_finds_the_least_budget_that_is_proven(fedeq: "Fedeq", personal: Path) -> None:
+    loose, tight = (
+        _json(fedeq, "device", "probe", "--model", personal, "--accuracy", accuracy)["model"]["proven"]
+        for accuracy in ("0.5", "0.001")
+    )
+    assert loose["budget"]["forward"] < tight["budget"]["forward"]
+    assert min(loose["step_s"], tight["step_s"]) > 0
+
+
+def test_device_probe_promises_no_accuracy_without_a_proof(fedeq: "Fedeq", image: Path) -> None:
+    told = fedeq("device", "probe", "--model", image, "--accuracy", "0.1")
+    assert (told.status, told.out) == (2, "")
+    assert "nothing is proven of this model" in told.err
 
 
 def test_data_of_another_shape_than_the_models_is_named(fedeq: "Fedeq", place: Path, personal: Path) -> None:

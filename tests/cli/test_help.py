@@ -39,6 +39,7 @@ def test_the_commands_of_the_design_are_there() -> None:
         ("data", "inspect"),
         ("device", "list"),
         ("device", "probe"),
+        ("model", "bench"),
         ("model", "export"),
         ("model", "infer"),
         ("model", "inspect"),

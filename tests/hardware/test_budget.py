@@ -6,9 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedeq_edge.deq.initial import initial
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.deq.wellposed import Certificate, adjoint_terms_for, certificate
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.hardware.budget import Allowance, Pace, budget_of, choose, step_seconds
-from fedeq_edge.training.step import Budget, Calibration
+from fedeq_edge.hardware.budget import (
+    Allowance,
+    Pace,
+    budget_of,
+    choose,
+    for_certificate,
+    round_seconds,
+    seconds_of,
+    step_seconds,
+    within_joules,
+    within_seconds,
+)
+from fedeq_edge.training.step import LARGEST_BUDGET, Budget, Calibration
 
 MENU = (2, 3, 4, 6, 8, 12)
 COST = Calibration(batch=16, fixed_s=0.01, evaluation_s=0.01, adjoint_s=0.02)
@@ -99,6 +113,79 @@ def test_the_prediction_fits_unless_it_is_a_single_step(
     allowance = choose(cost, steps=steps, compute_s=compute_s, menu=menu, adjoint_ratio=ratio)
 
     assert allowance.steps == 1 or allowance.predicted_s <= 0.8 * compute_s * (1 + 1e-9)
+
+
+@given(cost=costs, ratio=st.floats(0, 1), seconds=st.floats(0.5, 100))
+def test_the_budget_within_a_time_is_the_largest_that_fits(cost: Calibration, ratio: float, seconds: float) -> None:
+    budget = within_seconds(cost, seconds, ratio)
+
+    assert step_seconds(cost, budget) <= seconds
+    assert budget == budget_of(budget.forward, ratio)
+    assert budget.forward == LARGEST_BUDGET or step_seconds(cost, budget_of(budget.forward + 1, ratio)) > seconds
+
+
+def test_a_time_that_pays_for_no_evaluation_is_refused_with_the_least_that_would() -> None:
+    assert within_seconds(COST, 0.02, 0.0) == Budget(forward=1, adjoint=0)
+    with pytest.raises(ConfigError, match=r"single evaluation takes 0\.02 s, more than the 0\.019 s"):
+        within_seconds(COST, 0.019, 0.0)
+
+
+def test_joules_are_seconds_times_the_watts_of_the_board() -> None:
+    assert seconds_of(6.2, watts=3.1) == pytest.approx(2.0)
+    assert within_joules(COST, 0.34, 0.5, watts=3.1) == within_seconds(COST, 0.11, 0.5)
+    with pytest.raises(ConfigError, match=r"active_watts.*profile\.toml"):
+        within_joules(COST, 1.0, 0.5, watts=None)
+
+
+def test_a_rounds_energy_shortens_its_time_and_never_lengthens_it() -> None:
+    assert round_seconds(30.0, energy_j=10.0, watts=2.0) == 5.0
+    assert round_seconds(30.0, energy_j=1000.0, watts=2.0) == 30.0
+    assert round_seconds(30.0, energy_j=None, watts=2.0) == 30.0
+    assert round_seconds(30.0, energy_j=10.0, watts=None) == 30.0
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ModelSpec(input_shape=(5,), classes=2, channels=12),
+        ModelSpec(input_shape=(5,), classes=2, channels=12, norm="spectral", radius=0.7),
+        ModelSpec(input_shape=(5,), classes=2, channels=12, cell="monotone", radius=0.5),
+        ModelSpec(input_shape=(2, 6, 6), classes=2, channels=4),
+    ],
+    ids=["rows", "spectral", "monotone", "image"],
+)
+@pytest.mark.parametrize("accuracy", [0.5, 0.05, 1e-3])
+def test_the_budget_for_a_certificate_proves_the_accuracy_and_hardly_more(spec: ModelSpec, accuracy: float) -> None:
+    theta, _ = initial(spec, 0)
+    first = certificate(theta, spec, 1)
+    assert first is not None
+
+    budget = for_certificate(first, accuracy)
+
+    def bound(K: int) -> float:
+        proof = certificate(theta, spec, K)
+        assert proof is not None
+        return proof.bound
+
+    rounding = 1e-4  # of float32; more evaluations do not lower it
+    assert bound(budget.forward) <= accuracy * (1 + rounding) + rounding
+    assert budget.forward == 1 or bound(budget.forward - 1) > accuracy * (1 - rounding)
+    assert budget.adjoint == adjoint_terms_for(first.gamma, accuracy)
+
+
+def test_a_cell_without_feedback_needs_no_more_than_two_evaluations() -> None:
+    still = Certificate(norm="max", gamma=0.0, evaluations=1, bound=1e-6, unit="state")
+
+    assert for_certificate(still, 1e-3) == Budget(forward=1, adjoint=0)
+    assert for_certificate(still, 1e-9) == Budget(forward=2, adjoint=0)
+    with pytest.raises(ConfigError, match="accuracy > 0"):
+        for_certificate(still, 0.0)
+
+
+def test_no_evaluation_is_planned_beyond_what_is_proven_to_be_enough() -> None:
+    assert choose(COST, steps=1, compute_s=99.0, menu=MENU, adjoint_ratio=0.5, enough=5).menu == (2, 3, 4, 5)
+    assert choose(COST, steps=1, compute_s=99.0, menu=MENU, adjoint_ratio=0.5, enough=1).menu == (1,)
+    assert choose(COST, steps=1, compute_s=99.0, menu=MENU, adjoint_ratio=0.5, enough=100).menu == MENU
 
 
 def _run_round(allowance: Allowance, pace: Pace, slower: float, seed: int = 0) -> tuple[float, list[int]]:

@@ -35,6 +35,19 @@ def test_boards_are_ordered_by_speed_as_their_cores_are() -> None:
     assert speed["raspberry-pi-4"] < speed["raspberry-pi-5"] < speed["x86-64"] == 1.0
 
 
+def test_a_boards_watts_are_stated_where_its_maker_does_and_left_out_elsewhere() -> None:
+    watts = {board: profile.active_watts for board, profile in profiles().items()}
+
+    assert watts == {
+        "jetson-orin-nano": None,
+        "raspberry-pi-3": 2.0,
+        "raspberry-pi-4": 3.1,
+        "raspberry-pi-5": 4.1,
+        "raspberry-pi-zero-2w": 1.8,
+        "x86-64": None,
+    }
+
+
 @pytest.mark.parametrize("board", BOARDS)
 def test_each_board_brings_a_sample_agent_configuration_for_itself(board: str) -> None:
     sample = load(folder("devices") / board / "agent.toml", AgentSettings)
@@ -56,6 +69,7 @@ def test_an_unknown_board_names_the_nearest() -> None:
         ("cores = 4", "cores = 'four'", "cores"),
         ("relative_speed = 0.15", "relative_speed = 0.0", "relative_speed"),
         ('id = "raspberry-pi-4"', 'id = "other"', "folder"),
+        ("active_watts = 3.1", "active_watts = 0.0", "active_watts"),
         ("[limits]", "[limits", "not a board profile"),
     ],
 )

@@ -198,6 +198,7 @@ def _personal(work: Personalise) -> Personal:
         head=work.head,
         budget=Budget(forward=4, adjoint=2),
         residual=1e-4,
+        certificate=None,
         accuracy_personal=1.0,
         accuracy_consensus=0.9,
         local_only=None,

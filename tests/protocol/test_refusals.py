@@ -166,6 +166,7 @@ def test_a_report_before_the_end_is_passed_over() -> None:
         forward=1,
         adjoint=0,
         residual=float("nan"),
+        certificate=None,
         accuracy_personal=1e300,
         accuracy_consensus=-1.0,
         local_only=None,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.report import charts, numbers
+from fedeq_edge.report import axes, numbers
 from fedeq_edge.report.page import render
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -28,6 +28,7 @@ def device(name: str, *, alone: float | None = 0.95, personal: float | None = 0.
         "samples": 60,
         "budget": {"forward": 6, "adjoint": 2},
         "residual_mean": 0.0123,
+        "certificate": {"norm": "max", "gamma": 0.9, "evaluations": 6, "bound": 0.478, "unit": "state"},
         "seconds_per_round": 2.5,
         "rss_idle_bytes": 38_200_000,
         "rss_peak_bytes": 231_000_000,
@@ -236,6 +237,20 @@ def test_a_personal_head_is_said_to_stay_and_a_consensus_head_to_travel() -> Non
     assert "in every round and at the end" not in consensus
 
 
+def test_what_is_proven_is_told_per_device_and_its_absence_too() -> None:
+    mixed = [device("proven"), device("measured", certificate=None)]
+    words = text(render(summary(mixed), []))
+    assert "proven 0.9 6 0.48 max" in words
+    assert "measured – – no proof –" in words
+    nobody = text(render(summary([device("measured", certificate=None)]), []))
+    assert "No device has a proof: GroupNorm in the loop of the residual cell breaks the argument." in nobody
+
+
+def test_a_bound_that_scales_with_the_injection_says_so() -> None:
+    monotone = {"norm": "rms", "gamma": 0.79, "evaluations": 8, "bound": 0.2, "unit": "injection"}
+    assert "0.79 8 0.2 u rms" in text(render(summary([device("a", certificate=monotone)]), []))
+
+
 def test_declines_late_contributions_and_lowered_budgets_are_told() -> None:
     history = [
         line(1, {"a": 0.5, "b": 0.4}, declined={"b": "battery at 12 %"}, contributed=["a"]),
@@ -321,7 +336,7 @@ def test_any_accuracies_lie_on_their_axis_and_have_two_labels_at_least(values: l
     page = render(summary([device("a")]), history)
     chart = page[page.index("Accuracy over rounds") : page.index("Consensus residuals over rounds")]
     assert all(0 <= float(at) <= 100 for at in re.findall(r"bottom:(-?[\d.e-]+)%", chart))
-    assert 2 <= len(re.findall('class="y"', chart)) <= charts.LOG_TICKS + 1
+    assert 2 <= len(re.findall('class="y"', chart)) <= axes.LOG_TICKS + 1
     labels = [float(label) for label in re.findall(r'class="y"[^>]*>([\d.]+)\s%<', chart)]
     assert labels == sorted(set(labels), reverse=True)
     assert len(labels) == chart.count('class="y"')

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from fedeq_edge.deq.wellposed import Certificate
 from fedeq_edge.errors import RemoteWireError
 from fedeq_edge.wire import frame, messages
 
@@ -52,6 +53,7 @@ EXAMPLES: list[messages.Message] = [
         forward=8,
         adjoint=3,
         residual=1e-4,
+        certificate=Certificate(norm="max", gamma=0.9, evaluations=8, bound=0.39, unit="state"),
         accuracy_personal=1.0,
         accuracy_consensus=0.5,
         local_only=None,
