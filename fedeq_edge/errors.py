@@ -8,7 +8,7 @@
     │   └── RemoteWireError    somebody sent them to us
     ├── TransportError         broker refused, unreachable, or packet over its limit
     ├── ContributionError      a contribution that the aggregator refuses; `code` names the reason
-    ├── SolverError            a solve that was asked to raise (`throw=True`)
+    ├── SolverError            a solve asked to raise (`throw=True`); a gradient that is not finite
     ├── ExportError            a model that could not be exported, or failed its check
     └── StateError             a state folder that is damaged, locked or of another federation
 
@@ -54,7 +54,7 @@ class ContributionError(FedEqError):
 
 
 class SolverError(FedEqError):
-    """A solve did not converge and the caller asked for an exception."""
+    """A solve failed and the caller asked for an exception, or a loss or gradient is not finite."""
 
 
 class ExportError(FedEqError):

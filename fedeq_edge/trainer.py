@@ -93,7 +93,10 @@ class Trainer:
         board = load_profile(setup.profile) if setup.profile else None
         self._limits = board.limits if board else _UNKNOWN_BOARD
         cache = Path(setup.cache)
-        name = hashlib.sha256(msgspec.json.encode((setup.spec, setup.plan.batch, setup.plan.budgets, setup.slowdown)))
+        plan = setup.plan
+        # What a step's cost depends on; the penalty adds products to it.
+        made_of = (setup.spec, plan.batch, plan.budgets, plan.jacobian_penalty > 0.0, setup.slowdown)
+        name = hashlib.sha256(msgspec.json.encode(made_of))
         self._cache = cache.with_name(f"{cache.name}-{name.hexdigest()[:12]}")
         known = storage.load(self._cache, Calibration)
         self.learner = TorchLearner(
