@@ -20,7 +20,7 @@ from fedeq_edge.data.npz import load_client
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.errors import FedEqError
 from fedeq_edge.hardware.clock import DeviceClock
-from fedeq_edge.hardware.memory import peak_rss_bytes
+from fedeq_edge.hardware.memory import keep_heap, peak_rss_bytes
 from fedeq_edge.hardware.profiles import DeviceLimits, load_profile
 from fedeq_edge.hardware.reading import read
 from fedeq_edge.hardware.throttle import derate
@@ -49,6 +49,7 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, _own_stdout()
     torch.set_num_threads(1)  # models of this size lose by more, and a device has other work
     torch.set_flush_denormal(True)
+    keep_heap()
     arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests, arrived), name="requests", daemon=True).start()
     trainer: Trainer | None = None

@@ -124,6 +124,7 @@ class _Mixing:
         self._identity = torch.eye(settings.memory, dtype=z0.dtype, device=z0.device)
         # (B, m) entries that count; None while all that were written do, for every sample.
         self._used: Tensor | None = None
+        self._forgotten = 0  # the count at which some last ceased to
 
     def advance(self, look: Look) -> Tensor:
         return self.mix(look, range(len(look.image)))
@@ -151,11 +152,14 @@ class _Mixing:
         torch.sub(self._images[slot], z.flatten(1), out=self._steps[slot])
         if self._used is not None:
             self._used[:, slot] = True
+            if self._count - self._forgotten >= self._settings.memory:
+                self._used = None
 
     def _forget(self, refused: list[int], plain: list[int]) -> None:
         """No entry counts for these samples."""
         if not refused and not plain:
             return
+        self._forgotten = self._count
         if self._used is None:
             self._used = self._images.new_ones(self._images.shape[1], self._settings.memory, dtype=torch.bool)
         self._used[[*refused, *plain]] = False

@@ -37,7 +37,7 @@ StepFunction = Callable[[Tensor], Tensor]
 DIVERGENCE = 10.0
 # Bytes of a batch's state up to which a window of states is remembered: beyond, they crowd f out of a small CPU's cache
 # (10 % of a convolutional cell's time at 1 MB), and an overflow ends with the last finite state that was looked at.
-SMALL_STATE = 2**16
+SMALL_STATE = 2**14
 
 
 def solve(
