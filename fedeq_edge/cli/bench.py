@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +45,7 @@ def bench(
     sizes = _parse(budgets)
     draw = None if out is None else _drawer(out)
     found = _readable(model)
-    x, y = (noise(found.spec, _NOISE_SAMPLES), None) if data is None else test_part(data)
+    x, y = (noise(found.spec, np.random.default_rng(0), _NOISE_SAMPLES), None) if data is None else test_part(data)
     curve = measure(_engines(found), found.spec, found.theta, x, y, sizes)
     samples = f"{len(x)} samples of noise" if data is None else f"{len(x)} test samples of {data.name}"
     if out is not None and draw is not None:

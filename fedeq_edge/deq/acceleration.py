@@ -80,9 +80,9 @@ class Anderson:
 class Adaptive:
     """Plain iteration that turns to Anderson for those samples whose measured contraction rate is above `threshold`.
 
-    The rate is |f(z_n) - z_n| / |f(z_{n-1}) - z_{n-1}| at the first look, its geometric mean between looks from then
-    on. Below 0.6 plain iteration is done before a mix has paid for itself (measured on dense and convolutional cells).
-    A sample that has turned stays accelerated.
+    The rate is the factor by which one evaluation changes the relative residual: the last one at the first look, the
+    geometric mean since the look before from then on. Below 0.6 plain iteration is done before a mix has paid for
+    itself (measured on dense and convolutional cells). A sample that has turned stays accelerated.
     """
 
     threshold: float = 0.6

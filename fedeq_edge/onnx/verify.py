@@ -13,6 +13,7 @@ from fedeq_edge.deq.method import Picard
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.onnx.runtime import Prediction, Predictor
+from fedeq_edge.training.curve import noise
 
 Samples = NDArray[np.float32]
 
@@ -81,22 +82,14 @@ def verify(
 def _typical(spec: ModelSpec) -> Iterator[Samples]:
     generator = np.random.default_rng(0)
     for count in (1, 3, 32):
-        yield _draw(spec, generator, count)
+        yield noise(spec, generator, count)
 
 
 def _edges(spec: ModelSpec) -> Iterator[Samples]:
     yield np.zeros((2, *spec.input_shape), dtype=np.float32)
-    spoilt = _draw(spec, np.random.default_rng(1), 3)
+    spoilt = noise(spec, np.random.default_rng(1), 3)
     spoilt[1].flat[0] = np.nan
     yield spoilt
-
-
-def _draw(spec: ModelSpec, generator: np.random.Generator, count: int) -> Samples:
-    """Standard normal after the model's own normalisation."""
-    per_channel = (-1, *(1,) * spec.spatial)
-    shift = np.reshape(spec.shift or (0.0,), per_channel)
-    scale = np.reshape(spec.scale or (1.0,), per_channel)
-    return (shift + scale * generator.standard_normal((count, *spec.input_shape))).astype(np.float32)
 
 
 def _compare(

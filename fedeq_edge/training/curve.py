@@ -112,11 +112,11 @@ def measure(
     return Curve(samples=len(x), points=tuple(points))
 
 
-def noise(spec: ModelSpec, count: int) -> Samples:
-    """(count, *input_shape) samples, standard normal after the model's own normalisation; the same for every call."""
+def noise(spec: ModelSpec, generator: np.random.Generator, count: int) -> Samples:
+    """(count, *input_shape) samples, standard normal after the model's own normalisation."""
     per_channel = (-1, *(1,) * spec.spatial)
     shift, scale = (np.reshape(values, per_channel) for values in (spec.shift or (0.0,), spec.scale or (1.0,)))
-    drawn = np.random.default_rng(0).standard_normal((count, *spec.input_shape))
+    drawn = generator.standard_normal((count, *spec.input_shape))
     return (shift + scale * drawn).astype(np.float32)
 
 

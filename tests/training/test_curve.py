@@ -50,7 +50,15 @@ def test_every_engine_is_timed_alone_and_in_batches_and_the_first_one_answers() 
     first, second = Stepwise(), Stepwise()
     theta, _ = initial(DENSE, 0)
 
-    curve = measure({"numpy": first, "torch": second}, DENSE, theta, noise(DENSE, 5), None, [1, 4], limit_s=0.0)
+    curve = measure(
+        {"numpy": first, "torch": second},
+        DENSE,
+        theta,
+        noise(DENSE, np.random.default_rng(0), 5),
+        None,
+        [1, 4],
+        limit_s=0.0,
+    )
 
     assert {size for size, _ in second.calls} == {1, BATCH}
     assert {size for size, _ in first.calls} == {1, BATCH, 5}
@@ -74,17 +82,17 @@ def test_a_curve_says_how_two_engines_compare() -> None:
 
 
 def test_noise_has_the_scale_of_the_models_inputs_and_is_the_same_every_time() -> None:
-    drawn = noise(DENSE, 4000)
+    drawn = noise(DENSE, np.random.default_rng(0), 4000)
 
     assert drawn.shape == (4000, 6)
     assert (drawn.mean(), drawn.std()) == (pytest.approx(1.0, abs=0.05), pytest.approx(2.0, abs=0.05))
-    assert np.array_equal(drawn[:10], noise(DENSE, 4000)[:10])
+    assert np.array_equal(drawn[:10], noise(DENSE, np.random.default_rng(0), 4000)[:10])
 
 
 @pytest.mark.parametrize("tol", [None, 1e-3])
 def test_torch_and_numpy_answer_alike(tol: float | None) -> None:
     theta, head = initial(DENSE, 3)
-    x = noise(DENSE, 20)
+    x = noise(DENSE, np.random.default_rng(0), 20)
 
     ours = NumpyDEQ(DENSE, theta, head).infer(x, budget=7, tol=tol)
     reference = TorchEngine(DENSE, theta, head).infer(x, budget=7, tol=tol)
@@ -97,6 +105,6 @@ def test_torch_and_numpy_answer_alike(tol: float | None) -> None:
 def test_torch_answers_for_images_and_names_the_shape_that_it_expects() -> None:
     engine = TorchEngine(IMAGE, *initial(IMAGE, 0))
 
-    assert engine.infer(noise(IMAGE, 3), budget=4).logits.shape == (3, 3)
+    assert engine.infer(noise(IMAGE, np.random.default_rng(0), 3), budget=4).logits.shape == (3, 3)
     with pytest.raises(DataError, match=r"expected \(batch, 1, 6, 6\)"):
-        engine.infer(noise(DENSE, 3), budget=4)
+        engine.infer(noise(DENSE, np.random.default_rng(0), 3), budget=4)
