@@ -5,10 +5,10 @@ pairs (f_i, r_i = f_i - z_i) of a sample are mixed:
 
     z_next = sum_i alpha_i (f_i - (1 - beta) r_i),   alpha minimises |sum_i alpha_i r_i|  subject to  sum_i alpha_i = 1
 
-alpha = G^-1 1 / (1^T G^-1 1) with the Gram matrix G of the r_i, divided by its largest diagonal before the ridge is
-added, so that neither the size of the activations nor of the residuals matters (an absolute ridge of 1e-4 makes
-torchdeq 0.1.0's Anderson worse than plain iteration at activations of 0.01). `every` = 1 is the classic type II;
-3 halves the cost of mixing at about the same number of evaluations (alternating Anderson-Picard).
+alpha = H^-1 1 / (1^T H^-1 1), H = G + ridge * diag(G), with the Gram matrix G of the r_i: every r_i is regularised in
+proportion to itself, so that neither the size of the activations nor of the residuals matters (an absolute ridge of
+1e-4 makes torchdeq 0.1.0's Anderson worse than plain iteration at activations of 0.01). `every` = 1 is the classic type
+II; 3 halves the cost of mixing at about the same number of evaluations (alternating Anderson-Picard).
 
 Guards. The driver keeps the best answer. A residual that is not finite, or `growth` times the best, sends the sample
 back there and clears its history: f is next evaluated at the best answer, and the windows begin anew. A guard that
@@ -20,14 +20,14 @@ Sources: Walker & Ni, SIAM J. Numer. Anal. 49 (2011); Banerjee et al., J. Comput
 (alternating); the guards are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fedeq_edge.deq.batch import put, relative_residual
+from fedeq_edge.deq.batch import per_sample, put, relative_residual
 from fedeq_edge.deq.method import Look, Memory
 from fedeq_edge.errors import ConfigError
 
@@ -37,7 +37,7 @@ class Anderson:
     """Anderson acceleration type II, per sample: for cells that contract slowly (rate above 0.6).
 
     memory: evaluations kept (m), two states each. mixing: beta, the weight of f against z in the mix. every:
-    evaluations per mix (module's docstring). ridge: relative to the largest diagonal of the Gram matrix. growth: a
+    evaluations per mix (module's docstring). ridge: relative to each diagonal element of the Gram matrix. growth: a
     residual so many times the best sends a sample back to its best answer.
     """
 
@@ -120,26 +120,37 @@ class _Mixing:
         # History first: an entry is written as one contiguous block.
         self._images = z0.new_empty(settings.memory, len(z0), z0[0].numel())
         self._steps = torch.empty_like(self._images)
+        self._slots = [
+            (image.view(z0.shape), step.view(z0.shape)) for image, step in zip(self._images, self._steps, strict=True)
+        ]
         self._count = 0
-        self._identity = torch.eye(settings.memory, dtype=z0.dtype, device=z0.device)
-        # (B, m) entries that count; None while all that were written do, for every sample.
-        self._used: Tensor | None = None
-        self._forgotten = 0  # the count at which some last ceased to
+        self._ones = z0.new_ones(len(z0), settings.memory)
+        # Added to the diagonal of the Gram matrix: the smallest number, so that a difference of exactly zero does not
+        # make it singular; for an entry that does not count so large a one that its weight is nothing.
+        limits = torch.finfo(z0.dtype)
+        self._counts, self._barred = limits.tiny, limits.max**0.8
+        self._bars = torch.full_like(self._ones, self._counts)
+        self._forgotten: int | None = None  # the count at which some entries last ceased to count
 
     def advance(self, look: Look) -> Tensor:
         return self.mix(look, range(len(look.image)))
 
-    def mix(self, look: Look, samples: Sequence[int]) -> Tensor:
+    def mix(self, look: Look, samples: Collection[int]) -> Tensor:
         """Where f is evaluated next: `samples` are accelerated, all others step plainly."""
         refused = [] if look.clean else [i for i in samples if not self._accepts(look.residual[i], look.held[i])]
-        plain = _others(samples, len(look.image))
         for z, fz in pairwise((*look.trail[-self._settings.memory :], look.image)):
             self._remember(z, fz)
+        plain = None if len(samples) == len(look.image) else self._all_but(samples)
         self._forget(refused, plain)
         mixed = self._mixed().reshape(look.image.shape)
-        put(mixed, plain, look.image)
+        if plain is not None:
+            mixed = torch.where(per_sample(plain, mixed), look.image, mixed)
         put(mixed, refused, look.best)
         return mixed
+
+    def _all_but(self, samples: Collection[int]) -> Tensor:
+        """(B,) whether a sample is not among `samples`."""
+        return torch.tensor([i not in samples for i in range(len(self._ones))], device=self._ones.device)
 
     def _accepts(self, residual: float, held: float) -> bool:
         # Written so that a NaN residual is not accepted.
@@ -148,22 +159,22 @@ class _Mixing:
     def _remember(self, z: Tensor, fz: Tensor) -> None:
         slot = self._count % self._settings.memory
         self._count += 1
-        self._images[slot].copy_(fz.flatten(1))
-        torch.sub(self._images[slot], z.flatten(1), out=self._steps[slot])
-        if self._used is not None:
-            self._used[:, slot] = True
+        image, step = self._slots[slot]
+        image.copy_(fz)
+        torch.sub(fz, z, out=step)
+        if self._forgotten is not None:
+            self._bars[:, slot] = self._counts
             if self._count - self._forgotten >= self._settings.memory:
-                self._used = None
+                self._forgotten = None
 
-    def _forget(self, refused: list[int], plain: list[int]) -> None:
+    def _forget(self, refused: list[int], plain: Tensor | None) -> None:
         """No entry counts for these samples."""
-        if not refused and not plain:
-            return
-        self._forgotten = self._count
-        if self._used is None:
-            self._used = self._images.new_ones(self._images.shape[1], self._settings.memory, dtype=torch.bool)
-        self._used[[*refused, *plain]] = False
+        if plain is not None:
+            self._forgotten = self._count
+            self._bars.masked_fill_(plain[:, None], self._barred)
         if refused:
+            self._forgotten = self._count
+            self._bars[refused] = self._barred
             # The NaN of a refused evaluation would survive any weight of zero.
             self._images[:, refused] = 0.0
             self._steps[:, refused] = 0.0
@@ -179,16 +190,10 @@ class _Mixing:
         return mixed[:, 0]
 
     def _weights(self, gram: Tensor, entries: int) -> Tensor:
-        """alpha (B, entries), zero for unused entries, from the Gram matrix of the r_i scaled to unit diagonal."""
-        scale = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt_()
-        identity = self._identity[:entries, :entries]
-        system = gram.mul_(scale[:, :, None]).mul_(scale[:, None, :]).add_(identity, alpha=self._settings.ridge)
-        if self._used is not None:
-            used = self._used[:, :entries]
-            system = torch.where(used[:, :, None] & used[:, None, :], system, identity)
-            scale = torch.where(used, scale, 0.0)
+        """alpha (B, entries), zero for entries that do not count; gram, the Gram matrix of the r_i, is overwritten."""
+        gram.diagonal(dim1=1, dim2=2).mul_(1.0 + self._settings.ridge).add_(self._bars[:, :entries])
         # solve_ex never raises: a singular system gives non-finite weights, and the next look refuses what they make.
-        raw = torch.linalg.solve_ex(system, scale)[0].mul_(scale)
+        raw = torch.linalg.solve_ex(gram, self._ones[:, :entries])[0]
         # Contiguous: solve leaves columns, and the product with such a row falls back to a loop over the batch (5x).
         weights: Tensor = (raw / raw.sum(dim=1, keepdim=True)).contiguous()
         return weights
@@ -204,12 +209,13 @@ class _Turning:
         self._first = True
 
     def advance(self, look: Look) -> Tensor:
-        self._turn(look)
+        if len(self._turned) < len(look.residual):
+            self._turn(look)
         if not self._turned:
             return look.image
         if self._mixing is None:
             self._mixing = _Mixing(self._settings.accelerated, self._start)
-        return self._mixing.mix(look, sorted(self._turned))
+        return self._mixing.mix(look, self._turned)
 
     def _turn(self, look: Look) -> None:
         """Samples whose residual fell too slowly since the last look are accelerated from now on."""
@@ -220,11 +226,5 @@ class _Turning:
             z, fz = look.trail[-2], look.trail[-1]
             before = relative_residual(z, fz).tolist()
             bar, self._first = self._settings.threshold, False
-        if len(self._turned) < len(look.residual):
-            slow = (i for i, (new, old) in enumerate(zip(look.residual, before, strict=True)) if new > bar * old)
-            self._turned.update(slow)
-
-
-def _others(samples: Sequence[int], count: int) -> list[int]:
-    """The samples that are not among `samples`."""
-    return [] if len(samples) == count else sorted(set(range(count)).difference(samples))
+        slow = (i for i, (new, old) in enumerate(zip(look.residual, before, strict=True)) if new > bar * old)
+        self._turned.update(slow)

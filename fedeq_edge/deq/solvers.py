@@ -121,7 +121,7 @@ class _Run:
                 _check_image(fz, z)
                 self._first = (z, fz)
             if index < due:
-                z = damped(z, fz, damping)
+                z = fz if damping == 1.0 else damped(z, fz, damping)
                 if remember:
                     trail.append(z)
                 else:
