@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export ORT_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-deq bench-memory bench-har clean mosquitto
+.PHONY: help install demo test lint format bench bench-deq bench-wire bench-memory bench-har clean mosquitto
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,11 +45,14 @@ format: $(INSTALLED) ## Format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: bench-deq bench-memory bench-har ## Measure the numbers that the README shows
+bench: bench-deq bench-wire bench-memory bench-har ## Measure the numbers that the README shows
 
 bench-deq: $(INSTALLED) ## The equilibrium core against torchdeq and the bare cell, CPU time (BENCH_SECTIONS="floor")
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python tests/bench/deq.py $(BENCH_SECTIONS)
+
+bench-wire: $(INSTALLED) mosquitto ## The wire against bare paho: CPU, bytes, memory, bad links (BENCH_SECTIONS="cpu load")
+	BENCH_DATA=$(BENCH_DATA) $(BIN)/python tests/bench/wire.py $(BENCH_SECTIONS)
 
 bench-memory: $(INSTALLED) ## Memory and CPU of the aggregator for 10 to 200 clients, memory of an idle agent
 	$(BIN)/python tests/bench/memory.py

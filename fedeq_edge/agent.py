@@ -26,12 +26,15 @@ from fedeq_edge import logs, modelfile, settings
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, FedEqError, TransportError
+from fedeq_edge.hardware import reading
 from fedeq_edge.hardware.memory import give_back, peak_rss_bytes, rss_bytes
 from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Note, Personalise, Publish, Save, Train
 from fedeq_edge.protocol.client import Client, Identity, Usage
 from fedeq_edge.settings import AgentSettings
-from fedeq_edge.storage import ClientFolder, locked
+from fedeq_edge.storage.client import ClientFolder
+from fedeq_edge.storage.files import locked
+from fedeq_edge.storage.status import write_status
 from fedeq_edge.training import exchange
 from fedeq_edge.training.step import Personal, Plan
 from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Will
@@ -132,7 +135,9 @@ class TrainerProcess:
 class Agent:
     """One device: its link, its state machine, its trainer. The state folder is locked by whoever makes one."""
 
-    def __init__(self, path: Path, chosen: AgentSettings, *, samples: int, slowdown: float) -> None:
+    def __init__(
+        self, path: Path, chosen: AgentSettings, *, samples: int, slowdown: float, data_age_s: float | None = None
+    ) -> None:
         self._settings = chosen
         self._data = settings.resolve(path, chosen.data)
         self._folder = settings.resolve(path, chosen.state)
@@ -146,12 +151,18 @@ class Agent:
             samples=samples,
             profile=chosen.profile,
             emulated=chosen.emulate,
+            data_age_s=data_age_s,
         )
         self._client = Client(identity, self._topics, self._store.load())
         self._transport = MqttTransport(
             chosen.broker.endpoint(),
             f"{chosen.federation}-{chosen.device}",
-            (self._topics.manifest, self._topics.aggregator, self._topics.down(chosen.device)),
+            (
+                self._topics.manifest,
+                self._topics.model,
+                self._topics.aggregator,
+                self._topics.down(chosen.device),
+            ),
             will=self._farewell(),
         )
         self._manifest: Manifest | None = None
@@ -161,6 +172,8 @@ class Agent:
         self._rss_idle = 0
         self._rss_peak_trainer = 0
         self._stopping = False
+        self._broker = "connecting"
+        self._shown: dict[str, object] = {}
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -175,9 +188,11 @@ class Agent:
             if self._trainer is not None:
                 self._trainer.end()
             self._transport.stop(self._farewell())
+            self._write_status()
             log.info("agent has left", extra={"device": self._settings.device})
 
     def _step(self) -> None:
+        self._write_status()
         self._watch_trainer(time.monotonic())
         try:
             event = self._inbox.get(timeout=_TICK_S)
@@ -197,8 +212,10 @@ class Agent:
         if isinstance(event, Connected):
             if self._trainer is None:
                 self._come_to_rest()  # the start is over; work may come in days
-            self._carry_out(self._client.connected(now))
+            self._broker = "connected"
+            self._carry_out(self._client.connected(now, event.packet_limit, self._battery()))
         elif isinstance(event, Disconnected):
+            self._broker = event.reason
             log.warning("disconnected; trying again", extra={"reason": event.reason})
         else:
             self._carry_out(self._client.arrived(event.topic, event.payload, now))
@@ -342,7 +359,25 @@ class Agent:
             wire_down=traffic.down,
             rss_idle=self._rss_idle,
             rss_peak=peak_rss_bytes() + self._rss_peak_trainer,
+            battery=self._battery(),
         )
+
+    def _battery(self) -> float | None:
+        battery = reading.battery_of()
+        return None if battery is None or battery.plugged else battery.percent
+
+    def _write_status(self) -> None:
+        """For `fedeq agent status`; only where it has changed, as flash wears out."""
+        current = {
+            "device": self._settings.device,
+            "pid": os.getpid(),
+            "broker": self._broker,
+            **self._client.status(),
+            "trainer": None if self._trainer is None else self._trainer.pid,
+        }
+        if current != self._shown:
+            self._shown = current
+            write_status(self._folder, current)
 
 
 def _slowdown(chosen: AgentSettings) -> float:
@@ -370,7 +405,9 @@ def main(arguments: list[str]) -> int:
         chosen = settings.load(path, AgentSettings)
         slowdown = _slowdown(chosen)
         with locked(settings.resolve(path, chosen.state)):  # before the state is read
-            Agent(path, chosen, samples=int(arguments[1]), slowdown=slowdown).run()
+            age_s = time.time() - settings.resolve(path, chosen.data).stat().st_mtime
+            samples = int(arguments[1])
+            Agent(path, chosen, samples=samples, slowdown=slowdown, data_age_s=max(0.0, age_s)).run()
     except FedEqError as error:
         print(f"fedeq: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

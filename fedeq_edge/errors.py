@@ -8,6 +8,7 @@
     │   └── RemoteWireError    somebody sent them to us
     ├── TransportError         broker refused, unreachable, or packet over its limit
     ├── ContributionError      a contribution that the aggregator refuses; `code` names the reason
+    ├── MaskingError           a masked sum that cannot go on: too few devices, or shares that do not fit
     ├── SolverError            a solve asked to raise (`throw=True`); a gradient that is not finite
     ├── ExportError            a model that could not be exported, or failed its check
     └── StateError             a state folder that is damaged, locked or of another federation
@@ -51,6 +52,10 @@ class ContributionError(FedEqError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class MaskingError(FedEqError):
+    """A masked sum cannot go on; nothing was unmasked that should not be, and a new session is needed."""
 
 
 class SolverError(FedEqError):

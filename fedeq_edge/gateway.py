@@ -3,6 +3,7 @@
 numpy only: a gateway needs no torch. What it keeps on disk, and how it comes back after kill -9: storage.py.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -10,20 +11,22 @@ import queue
 import secrets
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
 
-from fedeq_edge import settings
+from fedeq_edge import orders, settings
 from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.layout import constraints
 from fedeq_edge.errors import StateError, TransportError
 from fedeq_edge.hardware.memory import peak_rss_bytes
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
-from fedeq_edge.protocol.aggregator import Aggregator, Federation, new_state
+from fedeq_edge.protocol.aggregator import Aggregator, new_state
+from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.settings import AggregatorSettings
 from fedeq_edge.storage import AggregatorFolder, locked
 from fedeq_edge.training.step import Vector
@@ -34,6 +37,8 @@ from fedeq_edge.wire.topics import Topics
 log = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.5  # deadlines are seconds; finer would only wake the gateway
+# Events that are waiting are taken together, so that their contributions share one write to the disk.
+_BATCH: Final = 64
 _STATUS_S: Final = 0.5
 
 
@@ -48,7 +53,9 @@ def federation_of(chosen: AggregatorSettings) -> Federation:
         rounds=chosen.train.rounds if method.exchange else 0,
         method=method,
         schedule=chosen.schedule,
-        codec=chosen.codec,
+        up=chosen.up or (chosen.codec,),
+        down=chosen.codec,
+        audit=chosen.audit,
     )
 
 
@@ -75,13 +82,18 @@ def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Agg
             )
         consensus = Consensus.restore(snapshot, method=federation.method, constraints=sets, duals=folder.duals)
     return Aggregator(
-        federation=federation, consensus=consensus, duals=folder.duals, boot=secrets.token_hex(8), state=state
+        federation=federation,
+        consensus=consensus,
+        duals=folder.duals,
+        boot=secrets.token_hex(8),
+        state=state,
+        find_blob=folder.find,
     )
 
 
 def _identity(federation: Federation) -> bytes:
     """Digest of what must not change while duals and sums of the federation live."""
-    fixed = (federation.topics.federation, federation.model, federation.method, federation.seed, federation.codec)
+    fixed = (federation.topics.federation, federation.model, federation.method, federation.seed, federation.down)
     return hashlib.sha256(msgspec.json.encode(fixed)).digest()
 
 
@@ -98,7 +110,9 @@ class Gateway:
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._finished = False
         self._stopping = False
-        self._status_at = -_STATUS_S
+        self._status_at = self._ticked_at = -_STATUS_S
+        self._held_back: list[Publish] = []  # what tells somebody of a contribution that is not on the disk yet
+        self._uncommitted = False
         self._broker = "connecting"
 
     def run(self) -> bool:
@@ -106,7 +120,7 @@ class Gateway:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._inbox.put(None))
         with locked(self._place):
-            self._folder = AggregatorFolder(self._place)
+            self._folder = AggregatorFolder(self._place, audit=self._settings.audit)
             self._machine = open_aggregator(self._settings, self._folder)
             if self._machine.state.status == "finished":
                 log.warning("this federation has finished; another one needs another state folder")
@@ -117,6 +131,7 @@ class Gateway:
                 while not (self._finished or self._stopping):
                     self._step()
             finally:
+                self._release()
                 self._transport.stop(self._farewell())
                 self._write_status()
         return self._finished
@@ -135,14 +150,28 @@ class Gateway:
         return transport
 
     def _step(self) -> None:
-        try:
-            event = self._inbox.get(timeout=_TICK_S)
-        except queue.Empty:
-            self._carry_out(self._machine.tick(time.monotonic()))
-        else:
+        for event in self._waiting():
             self._on_event(event)
-        if time.monotonic() - self._status_at >= _STATUS_S:
+        now = time.monotonic()
+        if now - self._ticked_at >= _TICK_S:
+            self._ticked_at = now
+            self._obey_orders(now)
+            self._carry_out(self._machine.tick(now))
+        self._release()
+        if now - self._status_at >= _STATUS_S:
             self._write_status()
+
+    def _waiting(self) -> Iterator[Event | None]:
+        """The events that are there, after a wait for the first."""
+        with contextlib.suppress(queue.Empty):
+            yield self._inbox.get(timeout=_TICK_S)
+            for _ in range(_BATCH):
+                yield self._inbox.get_nowait()
+
+    def _obey_orders(self, now: float) -> None:
+        for order, device in orders.taken(self._place):
+            log.info("order", extra={"order": order, "device": device})
+            self._carry_out(getattr(self._machine, order)(device, now))
 
     def _on_event(self, event: Event | None) -> None:
         now = time.monotonic()
@@ -150,7 +179,7 @@ class Gateway:
             self._stopping = True
         elif isinstance(event, Connected):
             self._broker = "connected"
-            self._carry_out(self._machine.connected(now))
+            self._carry_out(self._machine.connected(now, event.packet_limit))
         elif isinstance(event, Disconnected):
             self._broker = event.reason
             log.warning("disconnected; trying again", extra={"reason": event.reason})
@@ -160,9 +189,13 @@ class Gateway:
     def _carry_out(self, actions: list[AggregatorAction]) -> None:
         for action in actions:
             if isinstance(action, Publish):
-                self._publish(action)
+                if self._uncommitted:
+                    self._held_back.append(action)
+                else:
+                    self._publish(action)
             elif isinstance(action, Store):
-                self._folder.store(action.device, action.blob)
+                self._folder.store(action.device, action.round, action.kappa, action.blob, factor=action.factor)
+                self._uncommitted = True
             elif isinstance(action, Snapshot):
                 self._folder.take_snapshot(action.state, action.consensus)
             elif isinstance(action, Record):
@@ -171,6 +204,15 @@ class Gateway:
                 log.info(action.event, extra=dict(action.facts))
             elif isinstance(action, Finished):
                 self._finished = True
+
+    def _release(self) -> None:
+        """What was stored is on the disk, and those who wait for it hear of it."""
+        if self._uncommitted:
+            self._folder.commit()
+            self._uncommitted = False
+        held_back, self._held_back = self._held_back, []
+        for action in held_back:
+            self._publish(action)
 
     def _record(self, action: Record) -> None:
         self._folder.record(action.line)

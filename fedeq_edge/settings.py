@@ -22,6 +22,7 @@ from fedeq_edge.errors import ConfigError
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.training.step import Plan
 from fedeq_edge.transport.mqtt import Endpoint
+from fedeq_edge.wire import coding
 from fedeq_edge.wire.coding import Codec
 from fedeq_edge.wire.topics import check_identifier
 
@@ -71,13 +72,18 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """aggregator.toml: one federation.
 
     [model] is a ModelSpec, [train] a Plan, [schedule] a Schedule. [method] names a preset ("admm", "fedavg", ...) and
-    may change its fields. codec: how differences travel. seed: of the initial weights.
+    may change its fields. codec: how differences travel, "int4" for example (wire/coding.py). up: codecs of
+    contributions in the order of preference, where they shall differ from that: a device sends in the first that it
+    speaks. audit: keep every contribution, so that `fedeq aggregator audit` can compute the consensus again.
+    seed: of the initial weights.
     """
 
     federation: str
     model: ModelSpec
     state: str = "state"
     codec: Codec = "int8"
+    up: tuple[Codec, ...] = ()
+    audit: bool = False
     seed: int = 0
     train: Plan = msgspec.field(default_factory=Plan)
     method: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -86,6 +92,8 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
     def __post_init__(self) -> None:
         check_identifier(self.federation, "federation")
+        for codec in (self.codec, *self.up):
+            coding.parse(codec)
         if self.train.compute_s >= self.schedule.deadline_s:
             raise ConfigError(
                 f"train.compute_s ({self.train.compute_s:g}) must be below schedule.deadline_s "

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedeq_edge import __version__, logs
-from fedeq_edge.cli import agent, aggregator, broker, data, demo, device, model
+from fedeq_edge.cli import agent, aggregator, broker, chaos, data, demo, device, model
 from fedeq_edge.errors import ConfigError, FedEqError
 
 # Optional packages by the extra that brings them.
@@ -40,6 +40,7 @@ for noun, group in (
 ):
     app.add_typer(group, name=noun)
 app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command(name="chaos", epilog=chaos.EXAMPLE)(chaos.chaos)
 
 
 def _version(wanted: bool) -> None:

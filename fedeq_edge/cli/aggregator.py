@@ -8,13 +8,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedeq_edge import settings
+from fedeq_edge import audit as audits
+from fedeq_edge import orders, settings
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.gateway import Gateway
 from fedeq_edge.settings import AggregatorSettings
 from fedeq_edge.storage import history
 
 app = typer.Typer(help="The aggregator on a gateway.", no_args_is_help=True, rich_markup_mode=None)
+Device = Annotated[str, typer.Argument(help="Id of the device.")]
 Config = Annotated[Path, typer.Option(help="Settings of the federation.")]
 
 
@@ -39,12 +41,61 @@ def status(
         _show(current, history(folder))
 
 
+@app.command(epilog="Example: fedeq aggregator deny pi-17 --config aggregator.toml")
+def deny(device: Device, config: Config = Path("aggregator.toml")) -> None:
+    """Take nothing from this device any more; what it contributed to the open round is taken out again.
+
+    The running aggregator obeys within a second, one that is down when it starts. Revoke the device's certificate, too.
+    """
+    _order(config, "deny", device)
+
+
+@app.command(epilog="Example: fedeq aggregator allow pi-17 --config aggregator.toml")
+def allow(device: Device, config: Config = Path("aggregator.toml")) -> None:
+    """Let a denied device take part again, from the start."""
+    _order(config, "allow", device)
+
+
+@app.command(epilog="Example: fedeq aggregator retire pi-17 --config aggregator.toml")
+def retire(device: Device, config: Config = Path("aggregator.toml")) -> None:
+    """Take a device that never comes back out of the sums; should it come back, it begins anew."""
+    _order(config, "retire", device)
+
+
+@app.command(epilog="Example: fedeq aggregator audit --config aggregator.toml --json")
+def audit(
+    config: Config = Path("aggregator.toml"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Compute every consensus again from the contributions that were accepted; needs audit = true in the settings.
+
+    Exit 0 where every round is bit-equal, 1 with the first difference.
+    """
+    chosen = settings.load(config, AggregatorSettings)
+    found = audits.audit(settings.resolve(config, chosen.state), chosen)
+    if as_json:
+        told = {"sound": found.sound, "rounds": found.rounds, "contributions": found.contributions}
+        typer.echo(json.dumps({**told, "difference": found.difference}))
+    Console(stderr=True).print(found.sentence, highlight=False, soft_wrap=True)
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+def _order(config: Path, order: orders.Order, device: str) -> None:
+    chosen = settings.load(config, AggregatorSettings)
+    orders.give(settings.resolve(config, chosen.state), order, device)
+
+
 def _read_status(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((folder / "status.json").read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} holds no status; has the aggregator run with this configuration?") from error
     return {**found, "running": Path(f"/proc/{found['pid']}").exists()}
+
+
+def _denied(current: dict[str, Any]) -> str:
+    return f", denied: {', '.join(current['denied'])}" if current["denied"] else ""
 
 
 def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
@@ -54,7 +105,9 @@ def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         f"{current['run']}: {current['status']}, round {current['round']} of {current['rounds']} ({alive}); "
         f"broker: {current['broker']}"
     )
-    console.print(f"online {len(current['online'])} of {current['members']} members, refusals {current['refusals']}")
+    console.print(f"online {len(current['online'])} of {current['members']} members{_denied(current)}")
+    counted = {**current["counters"], **{f"refused: {code}": number for code, number in current["refusals"].items()}}
+    console.print(", ".join(f"{name} {number}" for name, number in counted.items() if number) or "nothing counted yet")
     table = Table("round", "contributed", "late", "accuracy", "primal", "dual", "seconds")
     for line in [line for line in lines if line["kind"] == "round"][-10:]:
         told = [device["accuracy"] for device in line["devices"].values() if device["accuracy"] is not None]

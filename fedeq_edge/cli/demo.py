@@ -16,7 +16,6 @@ from rich.text import Text
 
 from fedeq_edge.demo import run as fleet_demo
 from fedeq_edge.storage import finite
-from fedeq_edge.wire.coding import Codec
 
 _MANY = 10  # devices beyond which a mean hides the worst
 EXAMPLE = "Example: fedeq demo --data har.npz --x X --client subject --test local_test --classes 0-5"
@@ -35,7 +34,7 @@ def demo(  # noqa: PLR0917  # typer calls it by name
     clients: Annotated[int | None, typer.Option(min=1, help="Only the first so many clients.")] = None,
     broker: Annotated[str, typer.Option(help="auto, mosquitto, embedded (amqtt), or an mqtt:// URL.")] = "auto",
     method: Annotated[str | None, typer.Option(help="Algorithm preset, such as admm, fedavg, fedper.")] = None,
-    codec: Annotated[Codec, typer.Option(help="How differences travel.")] = "int8",
+    codec: Annotated[str, typer.Option(help="How differences travel: f32, int8, int4+z, top5:int8, ...")] = "int8",
     seed: Annotated[int, typer.Option(help="Of the data split and the initial weights.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Empty or new folder; fedeq-demo, fedeq-demo-2, ... else.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,

@@ -1,7 +1,15 @@
-"""Weighted consensus ADMM: numpy only; no clock, file, socket or logger (algorithm.md, section 4)."""
+"""Weighted consensus ADMM on exact integers: numpy only; no clock, file, socket or logger (algorithm.md, section 4)."""
 
-from fedeq_edge.consensus.admm import Consensus, DualStore, Member, MemoryDuals, RoundReport, advance_dual
+from fedeq_edge.consensus.admm import Consensus, DualStore, Member, MemoryDuals, PartialSum, RoundReport
 from fedeq_edge.consensus.constraint import Constraint, MonotoneBound, RowBound, SpectralBound, feasible, project
+from fedeq_edge.consensus.fixed import (
+    dual_step,
+    dual_value,
+    fixed_penalty,
+    fraction_bits,
+    penalty_of,
+    scaled,
+)
 from fedeq_edge.consensus.methods import METHODS, Method, method
 
 __all__ = [
@@ -13,11 +21,17 @@ __all__ = [
     "MemoryDuals",
     "Method",
     "MonotoneBound",
+    "PartialSum",
     "RoundReport",
     "RowBound",
     "SpectralBound",
-    "advance_dual",
+    "dual_step",
+    "dual_value",
     "feasible",
+    "fixed_penalty",
+    "fraction_bits",
     "method",
+    "penalty_of",
     "project",
+    "scaled",
 ]

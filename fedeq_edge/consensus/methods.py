@@ -29,6 +29,10 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     quality: rule for the scores; r0: residual at which a score has halved, > 0.
     weighting: where q goes (quality.weights); blend: its exponent a in [0, 1] where weighting is "blend".
     quality_until: share of the rounds after which q is frozen, as a moving q keeps the last rounds from settling.
+    robust: "clip" bounds every difference at `clip` times the median norm, > 0 (robust.py); "trimmed" leaves out the
+    share `trim` in [0, 0.5) at either end of every coordinate; "median" needs no number.
+    norm_limit: differences of more than this many median norms are refused, > 1; None is off.
+    min_cosine: differences with a smaller cosine to the fleet's last step are refused, in (-1, 1); None is off.
     """
 
     name: str
@@ -45,9 +49,14 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     weighting: Weighting = "metric"
     blend: float = 0.5
     quality_until: float = 0.8
+    robust: Literal["none", "clip", "trimmed", "median"] = "none"
+    trim: float = 0.25
+    clip: float = 0.5
+    norm_limit: float | None = None
+    min_cosine: float | None = None
 
     def __post_init__(self) -> None:
-        for field in ("rho", "r0"):
+        for field in ("rho", "r0", "clip"):
             value = getattr(self, field)
             if not (value > 0.0 and math.isfinite(value)):
                 raise ConfigError(f"method {self.name}: {field} is {value}; give a finite number above 0")
@@ -62,11 +71,30 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f'method {self.name}: server = "fresh" adds the sum of the duals, so it needs duals and proximal; '
                 'set both to true, or server = "mean"'
             )
+        self._check_robust()
+
+    def _check_robust(self) -> None:
+        if not 0.0 <= self.trim < 0.5:
+            raise ConfigError(f"method {self.name}: trim is {self.trim}; give a number from 0 to below 0.5")
+        if self.norm_limit is not None and not 1.0 < self.norm_limit < math.inf:
+            raise ConfigError(f"method {self.name}: norm_limit is {self.norm_limit}; give a finite number above 1")
+        if self.min_cosine is not None and not -1.0 < self.min_cosine < 1.0:
+            raise ConfigError(f"method {self.name}: min_cosine is {self.min_cosine}; give a number between -1 and 1")
+        if self.robust in ("trimmed", "median") and self.server != "mean":
+            raise ConfigError(
+                f'method {self.name}: robust = "{self.robust}" leaves devices out that the sum of duals still holds; '
+                'set server = "mean", or robust = "clip"'
+            )
 
     @property
     def exponent(self) -> float:
         """Exponent a of q_i in omega_i; kappa_i has 1 - a."""
         return {"metric": 0.0, "objective": 1.0, "blend": self.blend}[self.weighting]
+
+    @property
+    def sees_each(self) -> bool:
+        """Whether the server looks at every single contribution, so that sums of several are of no use to it."""
+        return self.robust != "none" or self.norm_limit is not None or self.min_cosine is not None
 
     def quality_moves(self, done: int, rounds: int) -> bool:
         """Whether reports still move q after `done` of `rounds` rounds."""

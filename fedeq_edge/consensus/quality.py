@@ -8,6 +8,8 @@ the weighted average of DEQ-FL, arXiv 2305.18646, which it corrects).
 import math
 from typing import Literal, NamedTuple
 
+from fedeq_edge.consensus.fixed import fixed_penalty
+
 Rule = Literal["residual", "iterations", "uniform"]
 Weighting = Literal["metric", "objective", "blend"]
 
@@ -15,15 +17,17 @@ SMALLEST = 0.25
 """Least q: a weak device still moves the consensus."""
 LARGEST = 4.0
 """Largest q: q is reported by the device itself, and this bounds what a liar gains."""
+QUALITY_ONE = 256
+"""q^a = 1 as an int, where the weight omega holds q."""
 MEMORY = 0.9
 """Share of the old q that a new report leaves: one noisy epoch must not move kappa much."""
 
 
 class Weights(NamedTuple):
-    """omega: weight in the objective, in (quality-weighted) samples. kappa: penalty, per unit of omega."""
+    """omega: weight in the objective, an integer up to the common factor. penalty: kappa in units of 2^-32."""
 
-    omega: float
-    kappa: float
+    omega: int
+    penalty: int
 
 
 def score(rule: Rule, *, residual: float, backward_residual: float, forward: int, r0: float) -> float:
@@ -55,5 +59,7 @@ def weights(samples: int, quality: float, *, rho: float, exponent: float) -> Wei
 
     The problem solved is sum n_i q_i^a F_i. n_i stands for p_i = n_i / sum n: the server's formulas do not change
     when all omega_i have a common factor, and without the sum a newcomer leaves everybody else's omega_i alone.
+    Both are integers, as sums of integers are exact: q_i^a counts in 1/256, which is finer than a score is known.
     """
-    return Weights(omega=samples * quality**exponent, kappa=rho * quality ** (1.0 - exponent))
+    share = 1 if exponent == 0.0 else round(QUALITY_ONE * quality**exponent)
+    return Weights(omega=samples * share, penalty=fixed_penalty(rho * quality ** (1.0 - exponent)))

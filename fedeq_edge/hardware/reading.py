@@ -47,7 +47,7 @@ def read(root: Path = Path("/")) -> Reading:
     return Reading(
         temperature_c=_temperature(root),
         throttled=_throttled(root),
-        battery=_battery(root),
+        battery=battery_of(root),
         load=number((text_of(root / "proc/loadavg") or "").split(" ", 1)[0]),
     )
 
@@ -121,7 +121,8 @@ def _ask_firmware() -> str | None:
     return answer.stdout.strip().removeprefix("throttled=")
 
 
-def _battery(root: Path) -> Battery | None:
+def battery_of(root: Path = Path("/")) -> Battery | None:
+    """The battery that the device runs on, None where it has none or does not say."""
     supplies = [path.parent for path in _matches(root / "sys/class/power_supply", "*/type")]
     # Scope "Device" marks a mouse or a headset, whose charge is not ours.
     batteries = [s for s in supplies if _is(s, "type", "Battery") and not _is(s, "scope", "Device")]

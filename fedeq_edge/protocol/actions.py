@@ -78,10 +78,12 @@ ClientAction = Publish | Note | Save | Configure | Train | Personalise | Finishe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Store:
-    """Write an accepted contribution to disk before it is acknowledged."""
+    """Write an accepted contribution to disk before it is acknowledged; kappa and factor: with what it counts."""
 
     device: str
     round: int
+    kappa: float
+    factor: int
     blob: bytes
 
 

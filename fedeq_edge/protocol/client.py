@@ -14,16 +14,17 @@ Rule 5: no training with a dual that the aggregator does not hold: its task name
 import hashlib
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from fedeq_edge.consensus.admm import advance_dual
+from fedeq_edge.consensus.fixed import dual_step, dual_value, fraction_bits, scaled
 from fedeq_edge.errors import LocalWireError, RemoteWireError, WireError
 from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Note, Personalise, Publish, Save, Train
-from fedeq_edge.protocol.state import ClientState, Pending, dual_digest, vector_digest
+from fedeq_edge.protocol.state import ClientState, Pending, dual_name, vector_digest
 from fedeq_edge.training.step import LocalResult, LocalTask, Personal
 from fedeq_edge.wire import chunks, coding, messages
 from fedeq_edge.wire.topics import Topics
@@ -41,16 +42,18 @@ class Identity:
     samples: int
     profile: str = ""
     emulated: bool = False
+    data_age_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Resources of the agent's processes so far, bytes."""
+    """Resources of the agent's processes so far, bytes; battery: percent, None on mains or without one."""
 
     wire_up: int = 0
     wire_down: int = 0
     rss_idle: int = 0
     rss_peak: int = 0
+    battery: float | None = None
 
 
 @dataclass(slots=True)
@@ -60,21 +63,32 @@ class Client:
     identity: Identity
     topics: Topics
     state: ClientState
+    codecs: tuple[str, ...] = coding.CODECS
     _manifest: messages.Manifest | None = None
     _task: messages.Task | None = None
     _working: messages.Task | None = None  # what the trainer has in hand; a newer task may be waiting
+    link: chunks.Link = field(default_factory=chunks.Link)
+    refusals: Counter[str] = field(default_factory=Counter)
+    last_refusal: str = ""
     _outgoing: chunks.Outgoing | None = None
     _incoming: chunks.Incoming | None = None
     _fetching: bytes = b""  # digest of the consensus on its way to us
     _wants_whole: bool = False  # a difference did not decode to the consensus that was asked for
     _report: messages.Report | None = None
     _progress_at: float = 0.0
+    _battery: float | None = None
     _actions: list[ClientAction] = field(default_factory=list)
 
     # Events
 
-    def connected(self, now: float) -> list[ClientAction]:
-        """Say who we are and begin again with whatever was under way."""
+    def connected(
+        self, now: float, packet_limit: int | None = None, battery: float | None = None
+    ) -> list[ClientAction]:
+        """Say who we are and go on with whatever was under way. packet_limit: of the broker, bytes, if it told one."""
+        self.link.packet_limit = packet_limit
+        self._battery = battery
+        if self._outgoing is not None:
+            self._outgoing.restart()
         self._publish_birth()
         self._resend(now)
         return self._flush()
@@ -84,6 +98,7 @@ class Client:
         try:
             self._dispatch(topic, messages.decode(payload), now)
         except WireError as error:
+            self.refusals["malformed"] += 1
             self._note("refused a message", topic=topic, reason=str(error))
         return self._flush()
 
@@ -121,6 +136,8 @@ class Client:
         """Say again what was not answered for `RETRY_S`."""
         waits = self._outgoing is not None or self._fetching or self._report is not None
         if waits and now - self._progress_at >= RETRY_S:
+            if self._outgoing is not None:
+                self._outgoing.restart()
             self._resend(now)
         return self._flush()
 
@@ -128,15 +145,41 @@ class Client:
         """Payload of our farewell and last will."""
         return messages.encode(messages.Offline(boot=self.identity.boot))
 
+    def status(self) -> dict[str, Any]:
+        """How we stand with the aggregator, for status.json."""
+        task = self._working or self._task
+        return {
+            "run": self.state.run,
+            "federation": self._manifest.status if self._manifest else "unknown",
+            "doing": self._doing(),
+            "round": task.round if task else None,
+            "accepted_round": self.state.accepted_round,
+            "pending_bytes": len(self.state.pending.blob) if self.state.pending else 0,
+            "refusals": dict(self.refusals),
+            "last_refusal": self.last_refusal,
+            "repeated_bytes": self.link.repeated_bytes,
+        }
+
+    def _doing(self) -> str:
+        if self._working is not None:
+            return "personalising" if self._working.final else "training"
+        if self._outgoing is not None:
+            return "sending"
+        return "fetching" if self._fetching else "waiting"
+
     # Messages
 
     def _dispatch(self, topic: str, received: messages.Received, now: float) -> None:
         message = received.message
         if isinstance(message, messages.AggregatorState):
             self._publish_birth()  # a new aggregator, or a new broker, may not have the retained one
+            if self._outgoing is not None:
+                self._outgoing.restart()
             self._resend(now)
         elif isinstance(message, messages.Manifest):
             self._on_manifest(message, now)
+        elif isinstance(message, messages.Model) and topic == self.topics.model:
+            self._on_step(message, received.body, now)
         elif topic != self.topics.down(self.identity.device):
             return
         elif isinstance(message, messages.Task):
@@ -185,6 +228,14 @@ class Client:
             self._task = task
         self._advance(now)
 
+    def _on_step(self, model: messages.Model, body: memoryview, now: float) -> None:
+        """The consensus has made a step, told to everybody at once; who stands elsewhere asks when it has a task."""
+        if model.run == self.state.run and model.base and model.base == self.state.base:
+            self._take_model(model, body)
+            if model.model == self._fetching:
+                self._stop_fetching()
+            self._advance(now)
+
     def _on_chunk(self, chunk: messages.Chunk, body: memoryview, now: float) -> None:
         if not self._fetching:
             return
@@ -192,40 +243,45 @@ class Client:
             raise RemoteWireError(f"consensus of {chunk.size} bytes is over the limit of {MODEL_LIMIT_BYTES}")
         if self._incoming is None or self._incoming.name != chunk.transfer or self._incoming.size != chunk.size:
             self._incoming = chunks.Incoming(chunk.transfer, chunk.size)
-        self._incoming.add(chunk.index, bytes(body))
+        self._incoming.add(chunk.index, body)
         self._progress_at = now
         self._send(messages.ChunkAck(transfer=chunk.transfer, bitmap=self._incoming.bitmap))
         if self._incoming.complete:
-            self._take_model(self._incoming.blob(), now)
+            incoming, self._incoming = self._incoming, None
+            self._on_model(incoming.blob(), now)
 
-    def _take_model(self, blob: bytes, now: float) -> None:
+    def _on_model(self, blob: bytes, now: float) -> None:
+        """What we have fetched: the consensus that our task names, or a step on the way there."""
         received = messages.decode(blob)
         model = received.message
         if not isinstance(model, messages.Model):
             raise RemoteWireError(f"transfer holds a {type(model).__name__.lower()} message, not a consensus")
-        if model.model != self._fetching:
-            self._incoming = None  # the rest of an older transfer, repeated by the broker
-            return
-        z = coding.decode(model.codec, received.body, model.length)
+        if model.model != self._fetching and (not model.base or model.base != self.state.base):
+            return  # the rest of an older transfer, repeated by the broker
+        self._take_model(model, received.body)
+        self._stop_fetching()
+        self._advance(now)
+
+    def _take_model(self, model: messages.Model, body: memoryview) -> None:
+        """Hold the consensus that `model` leads to. Raises RemoteWireError where it does not lead to what it says."""
+        z = coding.decode(model.codec, body, model.length)
         if model.base:
-            if model.base != vector_digest(self.state.z) or z.size != self.state.z.size:
+            if model.base != self.state.base or z.size != self.state.z.size:
                 raise RemoteWireError("consensus is coded against a base that we do not hold")
             with np.errstate(over="ignore"):  # an overflow shows in the digest
                 z = self.state.z + z
         if vector_digest(z) != model.model:
             self._wants_whole = True  # a step does not lead us there; ask for the value itself
-            raise RemoteWireError("decoded consensus has another digest than the task names")
+            raise RemoteWireError("decoded consensus has another digest than its message names")
         self._wants_whole = False
-        self._stop_fetching()
-        nu = self.state.nu if self.state.nu.size == z.size else np.zeros_like(z)
-        self._keep(z=z, nu=nu)
-        self._advance(now)
+        nu = self.state.nu if self.state.nu.size == z.size else np.zeros(z.size, np.int64)
+        self._keep(z=z, base=model.model, nu=nu)
 
     def _on_ack(self, ack: messages.ChunkAck, now: float) -> None:
         if self._outgoing is not None and ack.transfer == self._outgoing.name:
-            self._outgoing.acknowledge(ack.bitmap)
+            self._outgoing.acknowledge(ack.bitmap, now)
             self._progress_at = now
-            self._send_chunks()
+            self._send_chunks(now)
 
     def _on_verdict(self, verdict: messages.Verdict, now: float) -> None:
         if verdict.run != self.state.run:
@@ -234,21 +290,31 @@ class Client:
         if verdict.subject == "report" and self._report is not None:
             self._report = self._task = None
         elif verdict.subject == "contribution" and pending is not None and verdict.round == pending.round:
-            self._settle(pending, verdict)
+            self._settle(pending, verdict, now)
         self._advance(now)
 
-    def _settle(self, pending: Pending, verdict: messages.Verdict) -> None:
+    def _settle(self, pending: Pending, verdict: messages.Verdict, now: float) -> None:
         """Move the dual if the contribution counts; forget it either way."""
-        self._outgoing = None
+        if self._outgoing is not None:
+            self._outgoing.acknowledge(b"\xff" * len(self._outgoing.bitmap), now)  # the verdict says that it is whole
+            self._outgoing = None
         if not verdict.accepted:
+            self.refusals[verdict.code] += 1
+            self.last_refusal = verdict.reason
             self._note("contribution refused", round=pending.round, code=verdict.code, reason=verdict.reason)
             self._keep(pending=None)
             if self._task is not None and self._task.round == pending.round:
                 self._decline(self._task, verdict.reason)  # the same work would be refused again
             return
         difference = coding.decode(pending.codec, pending.body, self.state.nu.size)
-        nu = advance_dual(self.state.nu, pending.kappa, difference)
-        self._keep(pending=None, nu=nu, accepted_round=max(pending.round, self.state.accepted_round))
+        step = dual_step(scaled(difference, verdict.factor), pending.kappa, fraction_bits(np.float32))
+        name = dual_name(self.state.dual, pending.round, pending.kappa, verdict.factor, chunks.digest(pending.blob))
+        self._keep(
+            pending=None,
+            nu=self.state.nu + step,
+            dual=name,
+            accepted_round=max(pending.round, self.state.accepted_round),
+        )
 
     # Work
 
@@ -265,7 +331,7 @@ class Client:
             return
         if not task.final and (task.round <= self.state.accepted_round or not self._agrees(task)):
             self._task = None
-        elif vector_digest(self.state.z) != task.model:
+        elif self.state.base != task.model:
             self._fetch(task, now)
         else:
             self._work(task)
@@ -276,14 +342,14 @@ class Client:
         A task without a dual that was written before our last contribution was counted is an old one: it does not mean
         that the aggregator has forgotten us.
         """
-        if task.duals is None or task.duals == dual_digest(self.state.nu):
+        if task.duals is None or task.duals == self.state.dual:
             return True
         if task.duals or task.after < self.state.accepted_round:
             after = self.state.accepted_round
             self._send(messages.Differs(run=task.run, round=task.round, expected=task.duals, after=after))
             return False
         self._note("the aggregator counts us as new: the dual starts at zero again", round=task.round)
-        self._keep(nu=np.zeros_like(self.state.nu))
+        self._keep(nu=np.zeros_like(self.state.nu), dual=b"")
         return True
 
     def _fetch(self, task: messages.Task, now: float) -> None:
@@ -291,11 +357,12 @@ class Client:
             self._stop_fetching()
             self._fetching = task.model
             self._progress_at = now
-            base = b"" if self._wants_whole else vector_digest(self.state.z)
+            base = b"" if self._wants_whole else self.state.base
             self._send(messages.Fetch(run=task.run, model=task.model, base=base))
 
     def _stop_fetching(self) -> None:
-        self._fetching, self._incoming = b"", None
+        """What has come of the blob is kept: it goes on where it was if we ask for the same again."""
+        self._fetching = b""
 
     def _work(self, task: messages.Task) -> None:
         self._working = task
@@ -307,7 +374,7 @@ class Client:
         local = LocalTask(
             round=task.round - 1,
             z=self.state.z,
-            nu=self.state.nu,
+            nu=dual_value(self.state.nu, np.float32),
             kappa=task.kappa,
             head=self.state.head,
             seed=self._seed(task.round),
@@ -316,8 +383,7 @@ class Client:
 
     def _contribution(self, task: messages.Task, result: LocalResult, usage: Usage) -> Pending:
         """The coded contribution. Raises LocalWireError where training left NaN behind."""
-        assert self._manifest is not None
-        codec = self._manifest.codec
+        codec = task.codec
         body = coding.encode(codec, result.difference, random.Random(self._seed(task.round)))
         message = messages.Contribution(
             run=task.run,
@@ -327,7 +393,7 @@ class Client:
             samples=self.identity.samples,
             codec=codec,
             length=result.difference.size,
-            metrics=_metrics(result, usage),
+            metrics=_metrics(result, usage, self.link.repeated_bytes),
         )
         return Pending(round=task.round, kappa=task.kappa, codec=codec, body=body, blob=messages.encode(message, body))
 
@@ -344,14 +410,17 @@ class Client:
             samples=self.identity.samples,
             profile=self.identity.profile,
             emulated=self.identity.emulated,
-            codecs=coding.CODECS,
+            codecs=self.codecs,
+            data_age_s=self.identity.data_age_s,
+            battery=self._battery,
         )
         topic = self.topics.state(self.identity.device)
         self._actions.append(Publish(topic=topic, payload=messages.encode(birth), retain=True))
 
     def _resend(self, now: float) -> None:
-        if self.state.pending is not None:
-            self._outgoing = None
+        """Say again what nobody has answered, on a new connection or after a silence."""
+        if self._outgoing is not None:
+            self._offer(now)
         if self._fetching and self._task is not None:
             self._stop_fetching()
         if self._report is not None:
@@ -360,14 +429,23 @@ class Client:
 
     def _send_pending(self, now: float) -> None:
         assert self.state.pending is not None
-        self._outgoing = chunks.Outgoing(self.state.pending.blob)
-        self._progress_at = now
-        self._send_chunks()
+        self._outgoing = chunks.Outgoing(self.state.pending.blob, self.link)
+        self._offer(now)
 
-    def _send_chunks(self) -> None:
+    def _offer(self, now: float) -> None:
+        """Ask to send the contribution, and from where; one that fits a block needs no asking."""
+        assert self._outgoing is not None
+        self._progress_at = now
+        size = len(self._outgoing.blob)
+        if size > chunks.BLOCK_BYTES:
+            self._send(messages.Offer(transfer=self._outgoing.name, size=size))
+        else:
+            self._send_chunks(now)
+
+    def _send_chunks(self, now: float) -> None:
         assert self._outgoing is not None
         size = len(self._outgoing.blob)
-        for index, piece in self._outgoing.due():
+        for index, piece in self._outgoing.due(now):
             self._send(messages.Chunk(transfer=self._outgoing.name, index=index, size=size), piece)
 
     def _send_report(self, now: float) -> None:
@@ -402,7 +480,7 @@ def _setup(manifest: messages.Manifest) -> tuple[object, ...]:
     return manifest.run, manifest.model, manifest.plan, manifest.method, manifest.seed
 
 
-def _metrics(result: LocalResult, usage: Usage) -> messages.Metrics:
+def _metrics(result: LocalResult, usage: Usage, repeated_bytes: int) -> messages.Metrics:
     return messages.Metrics(
         loss=result.loss,
         residual=result.residual,
@@ -414,6 +492,8 @@ def _metrics(result: LocalResult, usage: Usage) -> messages.Metrics:
         reduced=result.reduced,
         wire_up=usage.wire_up,
         wire_down=usage.wire_down,
+        repeated_bytes=repeated_bytes,
+        battery=usage.battery,
     )
 
 

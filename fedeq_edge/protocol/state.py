@@ -1,15 +1,18 @@
 """What survives a crash, as plain values: of a client, and of an aggregator."""
 
 import hashlib
+import struct
 
 import msgspec
 import numpy as np
 
+from fedeq_edge.consensus.fixed import FixedVector, fixed_penalty
 from fedeq_edge.training.step import Vector
 from fedeq_edge.wire.coding import Codec
-from fedeq_edge.wire.messages import Metrics, Status
+from fedeq_edge.wire.messages import WHOLE, Metrics, Status
 
 NOTHING = np.zeros(0, np.float32)
+NO_DUAL = np.zeros(0, np.int64)
 
 
 def vector_digest(vector: Vector) -> bytes:
@@ -17,9 +20,14 @@ def vector_digest(vector: Vector) -> bytes:
     return hashlib.sha256(vector.astype("<f4").tobytes()).digest() if vector.size else b""
 
 
-def dual_digest(nu: Vector) -> bytes:
-    """Name of a dual: its vector_digest, empty where nu = 0 whether or not there is a vector yet."""
-    return vector_digest(nu) if nu.any() else b""
+def dual_name(before: bytes, round_number: int, kappa: float, factor: int, contribution: bytes) -> bytes:
+    """Name of a dual after one more contribution (its sha256) to the dual named `before`; empty is nu = 0.
+
+    Two sides whose names agree have moved nu by the same numbers. Unlike a digest of nu it needs no nu, which the
+    aggregator has on disk only.
+    """
+    moved = struct.pack("<QQI", round_number, fixed_penalty(kappa), factor)
+    return hashlib.sha256(before + moved + contribution).digest()
 
 
 class Pending(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,12 +44,18 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClientState(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's memory of one federation. z: the consensus z_hat it holds, (s,); nu: its dual, (s,); head: w_i."""
+    """A device's memory of one federation.
+
+    z: the consensus z_hat it holds, (s,) float32, and its digest `base`; nu: its dual in fixed point, (s,) int64
+    (consensus/fixed.py), and its name `dual`; head: w_i.
+    """
 
     run: str = ""
     accepted_round: int = -1
     z: Vector = msgspec.field(default_factory=lambda: NOTHING)
-    nu: Vector = msgspec.field(default_factory=lambda: NOTHING)
+    base: bytes = b""
+    nu: FixedVector = msgspec.field(default_factory=lambda: NO_DUAL)
+    dual: bytes = b""
     head: Vector = msgspec.field(default_factory=lambda: NOTHING)
     pending: Pending | None = None
 
@@ -49,29 +63,39 @@ class ClientState(msgspec.Struct, frozen=True, kw_only=True):
 class MemberState(msgspec.Struct, kw_only=True):
     """What the aggregator remembers of a device beside its dual.
 
-    accepted_round: no contribution up to this round is folded in again. duals: dual_digest of its nu.
+    accepted_round: no contribution up to this round is folded in again. dual: name of its nu. transfer: sha256 of the
+    last contribution that counted, and factor: with what it counted, for one who offers it again.
     """
 
     accepted_round: int = -1
-    duals: bytes = b""
+    dual: bytes = b""
+    transfer: bytes = b""
+    factor: int = WHOLE
 
 
 class AggregatorState(msgspec.Struct, kw_only=True):
     """The aggregator's memory, beside the consensus.
 
-    cohort: of the open round, empty between rounds. issued: kappa of each task by round and device, and bases: digest
-    of z_hat by round, both for the rounds from which a late contribution is still taken. contributed, late: what the
-    contributions since the last close said, in order of arrival: those to this round, and those to earlier ones.
+    open: whether a round is. cohort: of the open round. denied: devices that nothing is taken from. issued: kappa of
+    each task by round and device, and bases: digest of z_hat by round, both for the rounds from which a late
+    contribution is still taken. contributed, late: what the contributions since the last close said, in order of
+    arrival: those to this round, and those to earlier ones.
+    accepted: (device, round, weight) of each of them. started: (device, how many of them it had made by then) where a
+    dual has begun at zero since.
     identity: digest of what is fixed for the life of the federation.
     """
 
     run: str
     status: Status
-    round: int
-    cohort: tuple[str, ...]
-    members: dict[str, MemberState]
-    issued: dict[int, dict[str, float]]
-    bases: dict[int, bytes]
+    round: int = 0
+    open: bool = False
+    cohort: tuple[str, ...] = ()
+    denied: set[str] = msgspec.field(default_factory=set)
+    members: dict[str, MemberState] = msgspec.field(default_factory=dict)
+    issued: dict[int, dict[str, float]] = msgspec.field(default_factory=dict)
+    bases: dict[int, bytes] = msgspec.field(default_factory=dict)
     contributed: dict[str, Metrics] = msgspec.field(default_factory=dict)
     late: dict[str, Metrics] = msgspec.field(default_factory=dict)
+    accepted: list[tuple[str, int, int]] = msgspec.field(default_factory=list)
+    started: list[tuple[str, int]] = msgspec.field(default_factory=list)
     identity: bytes = b""

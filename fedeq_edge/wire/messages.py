@@ -4,9 +4,9 @@ Every message is a frozen struct that becomes the CBOR header of one frame; tens
 Decoding is strict in types and lenient in unknown keys: a newer minor version may add keys, a changed meaning gets a
 new magic. Who sends what:
 
-    Birth, Offline, Fetch, Chunk, ChunkAck, Report, Decline, Differs     device -> aggregator
-    AggregatorState, Manifest, Task, Chunk, ChunkAck, Verdict            aggregator -> device
-    Contribution, Model                                                  blobs, carried by chunks
+    Birth, Offline, Fetch, Offer, Chunk, ChunkAck, Report, Decline, Differs     device -> aggregator
+    AggregatorState, Manifest, Task, Chunk, ChunkAck, Verdict, Model            aggregator -> device
+    Contribution, Model                                                         blobs, carried by chunks
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,9 @@ Name = Annotated[str, msgspec.Meta(max_length=128)]
 Status = Literal["waiting", "running", "finishing", "finished"]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
 RoundOrNone = Annotated[int, msgspec.Meta(ge=-1, le=2**53)]  # -1: none yet
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e10)]
+Percent = Annotated[float, msgspec.Meta(ge=0.0, le=100.0)]
+WHOLE: Final = 65536  # a contribution that counts as it is
 Evaluations = Annotated[int, msgspec.Meta(ge=0, le=10_000)]  # a solver budget; nobody affords more for one sample
 
 
@@ -37,14 +40,18 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 class Birth(Message, frozen=True, kw_only=True):
     """A device is here. boot: new at every start of the agent, so that an old last will can be told from a new one.
 
-    Retained, so the aggregator may read it long after it was written: nothing in it changes while the agent runs.
+    Retained, so the aggregator may read it long after it was written. codecs: the features of wire/coding.py that this
+    version speaks. data_age_s: since its data was last written, by its own clock, None where it cannot say. battery:
+    percent, None on mains.
     """
 
     boot: Name
     samples: Positive
     profile: Name
     emulated: bool
-    codecs: tuple[Codec, ...]
+    codecs: Annotated[tuple[Name, ...], msgspec.Meta(max_length=32)]
+    data_age_s: Seconds | None = None
+    battery: Percent | None = None
 
 
 class Offline(Message, frozen=True, kw_only=True):
@@ -68,21 +75,19 @@ class Manifest(Message, frozen=True, kw_only=True):
 
     run: Name
     status: Status
-    round: int
     model: dict[str, object]
     plan: dict[str, object]
     method: dict[str, object]
     seed: Count
-    codec: Codec
 
 
 class Task(Message, frozen=True, kw_only=True):
     """Do round `round` from consensus `model` (digest of z_hat) within `deadline_s` seconds of receipt.
 
-    kappa takes effect here and nu stays as it is (algorithm.md section 4, step 1). after: the last round of which the
-    aggregator had this device's contribution when it wrote the task, -1 before the first. duals: digest of the nu
-    that it held then, empty where it counts with nu = 0, None where its method keeps none. final: no training,
-    personalise with this consensus and report.
+    kappa takes effect here and nu stays as it is (algorithm.md section 4, step 1). codec: how the contribution shall
+    travel. after: the last round of which the aggregator had this device's contribution when it wrote the task, -1
+    before the first. duals: name of the nu that it counted with then (protocol/state.py, `dual_name`), empty for
+    nu = 0, None where its method keeps none. final: no training, personalise with this consensus and report.
     """
 
     run: Name
@@ -90,6 +95,7 @@ class Task(Message, frozen=True, kw_only=True):
     model: Digest
     kappa: float
     deadline_s: float
+    codec: Codec
     after: RoundOrNone = -1
     duals: bytes | None = b""
     final: bool = False
@@ -103,8 +109,15 @@ class Fetch(Message, frozen=True, kw_only=True):
     base: bytes = b""
 
 
+class Offer(Message, frozen=True, kw_only=True):
+    """I have a blob of `size` bytes with sha256 `transfer`: acknowledge what you hold of it when I may send."""
+
+    transfer: Digest
+    size: Positive
+
+
 class Chunk(Message, frozen=True, kw_only=True):
-    """One piece of a blob (in the body). transfer: sha256 of the whole, of `size` bytes."""
+    """Consecutive blocks of a blob (in the body), the first is block `index`. transfer: sha256 of all `size` bytes."""
 
     transfer: Digest
     index: Count
@@ -112,14 +125,17 @@ class Chunk(Message, frozen=True, kw_only=True):
 
 
 class ChunkAck(Message, frozen=True, kw_only=True):
-    """The receiver holds these chunks of a transfer."""
+    """The receiver holds these blocks of a transfer, and takes more."""
 
     transfer: Digest
     bitmap: bytes
 
 
 class Metrics(Message, frozen=True, kw_only=True):
-    """What a device measured in a round. accuracy: NaN without a test part. wire_*: bytes since the agent's start."""
+    """What a device measured in a round. accuracy: NaN without a test part. battery: percent, None on mains.
+
+    wire_*: bytes since the agent's start, repeated_bytes: those of them that were sent again.
+    """
 
     loss: float
     residual: float
@@ -131,6 +147,8 @@ class Metrics(Message, frozen=True, kw_only=True):
     reduced: bool
     wire_up: Count
     wire_down: Count
+    repeated_bytes: Count = 0
+    battery: Percent | None = None
 
 
 class Contribution(Message, frozen=True, kw_only=True):
@@ -147,7 +165,11 @@ class Contribution(Message, frozen=True, kw_only=True):
 
 
 class Verdict(Message, frozen=True, kw_only=True):
-    """The aggregator has stored (accepted) or refused what a device sent. code and reason name a refusal."""
+    """The aggregator has stored (accepted) or refused what a device sent. code and reason name a refusal.
+
+    factor: the difference counts scaled by factor / 65536, and the dual moves by the same; less than whole where a
+    robust method has clipped it.
+    """
 
     run: Name
     subject: Literal["contribution", "report"]
@@ -155,6 +177,7 @@ class Verdict(Message, frozen=True, kw_only=True):
     accepted: bool
     code: Name = ""
     reason: Text = ""
+    factor: Annotated[int, msgspec.Meta(ge=1, le=WHOLE)] = WHOLE
 
 
 class Model(Message, frozen=True, kw_only=True):
@@ -230,6 +253,7 @@ _KINDS: Final[dict[int, type[Message]]] = {
     12: Report,
     13: Decline,
     14: Differs,
+    15: Offer,
 }
 _NUMBERS: Final = {message: kind for kind, message in _KINDS.items()}
 KINDS: Final[tuple[type[Message], ...]] = tuple(_KINDS.values())

@@ -1,6 +1,7 @@
 """The topic tree, at most seven levels, so that it also fits cloud brokers.
 
     fedeq/v1/<federation>/global/manifest     retained   aggregator -> all
+    fedeq/v1/<federation>/global/model        retained   aggregator -> all: the last step of the consensus
     fedeq/v1/<federation>/agg/state           retained   aggregator's birth and last will
     fedeq/v1/<federation>/dev/<id>/state      retained   device's birth and last will
     fedeq/v1/<federation>/dev/<id>/up         device -> aggregator
@@ -46,6 +47,11 @@ class Topics:
     def manifest(self) -> str:
         """Retained: what the federation trains and where it stands."""
         return f"{self.root}/global/manifest"
+
+    @property
+    def model(self) -> str:
+        """Retained: the last step of the consensus, where most of the fleet takes part in every round."""
+        return f"{self.root}/global/model"
 
     @property
     def aggregator(self) -> str:

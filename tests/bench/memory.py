@@ -71,18 +71,20 @@ class Puppet:
                 boot="bench",
                 base=message.model,
                 samples=100,
-                codec="int8",
+                codec=message.codec,
                 length=self.length,
                 metrics=METRICS,
             ),
             self.body,
         )
-        outgoing = chunks.Outgoing(blob)
-        pieces = [blob[at : at + chunks.CHUNK_BYTES] for at in range(0, len(blob), chunks.CHUNK_BYTES)]
-        return [
-            messages.encode(messages.Chunk(transfer=outgoing.name, index=index, size=len(blob)), piece)
-            for index, piece in enumerate(pieces)
-        ]
+        outgoing = chunks.Outgoing(blob, chunks.Link(packet_limit=2**20))
+        offer = messages.encode(messages.Offer(transfer=outgoing.name, size=len(blob)))
+        runs = []
+        while not outgoing.done:
+            runs += outgoing.due(0.0)
+            outgoing.acknowledge(b"\xff" * len(outgoing.bitmap), 0.0)
+        pieces = (messages.Chunk(transfer=outgoing.name, index=index, size=len(blob)) for index, _ in runs)
+        return [offer, *(messages.encode(chunk, piece) for chunk, (_, piece) in zip(pieces, runs, strict=True))]
 
 
 class Bench:
@@ -135,7 +137,7 @@ class Bench:
             if isinstance(action, Publish):
                 self._gateway.publish(action.topic, action.payload, retain=action.retain)
             elif isinstance(action, Store):
-                self._folder.store(action.device, action.blob)
+                self._folder.store(action.device, action.round, action.kappa, action.blob, factor=action.factor)
             elif isinstance(action, Snapshot):
                 self._folder.take_snapshot(action.state, action.consensus)
 

@@ -81,11 +81,15 @@ def test_data_inspect_counts_a_device_and_a_fleet(fedeq: "Fedeq", place: Path) -
 
 def test_aggregator_status_tells_whether_it_still_runs(fedeq: "Fedeq", place: Path) -> None:
     with locked(place / "state") as folder:
-        told = {"run": "r", "status": "running", "round": 1, "rounds": 2, "online": [], "members": 0, "refusals": {}}
-        AggregatorFolder(folder).write_status({**told, "broker": "connected", "pid": 2**22 + 1})
+        told = {"run": "r", "status": "running", "round": 1, "rounds": 2, "online": [], "members": 0}
+        counted = {"refusals": {"digest": 2}, "counters": {"accepted": 7, "duplicates": 0}, "denied": ["d9"]}
+        AggregatorFolder(folder).write_status({**told, **counted, "broker": "connected", "pid": 2**22 + 1})
     found = _json(fedeq, "aggregator", "status")
     assert (found["run"], found["running"]) == ("r", False)
-    assert "not running" in fedeq("aggregator", "status").err
+    shown = fedeq("aggregator", "status").err
+    assert "not running" in shown
+    assert "accepted 7, refused: digest 2" in shown
+    assert "denied: d9" in shown
 
 
 def test_a_model_is_exported_inspected_and_asked(fedeq: "Fedeq", place: Path, personal: Path) -> None:

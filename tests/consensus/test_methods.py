@@ -46,9 +46,15 @@ def test_a_method_travels_and_an_unknown_field_is_refused() -> None:
         ({"blend": 1.5}, "blend is 1.5"),
         ({"quality_until": -0.1}, "quality_until is -0.1"),
         ({"duals": False}, "needs duals and proximal"),
+        ({"trim": 0.5}, "trim is 0.5"),
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"norm_limit": 1.0}, "norm_limit is 1.0"),
+        ({"min_cosine": -1.0}, "min_cosine is -1.0"),
+        ({"robust": "median"}, 'set server = "mean", or robust = "clip"'),
+        ({"robust": "trimmed"}, 'set server = "mean", or robust = "clip"'),
     ],
 )
-def test_a_setting_out_of_range_is_named(change: dict[str, float], message: str) -> None:
+def test_a_setting_out_of_range_is_named(change: dict[str, float | str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         msgspec.structs.replace(method("admm"), **change)
 

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from fedeq_edge.consensus import quality
+from fedeq_edge.consensus.fixed import penalty_of
 
 
 def residual_score(r: float, b: float, r0: float = 1e-2) -> float:
@@ -48,10 +49,15 @@ def test_a_fleet_of_which_nobody_solves_anything_has_equal_qualities() -> None:
 
 @pytest.mark.parametrize(
     ("exponent", "omega", "kappa"),
-    [(0.0, 50.0, 0.4), (1.0, 200.0, 0.1), (0.5, 100.0, 0.2)],
+    [(0.0, 50, 0.4), (1.0, 50 * 256 * 4, 0.1), (0.5, 50 * 256 * 2, 0.2)],
     ids=["metric", "objective", "blend"],
 )
-def test_the_exponent_shares_q_between_weight_and_penalty(exponent: float, omega: float, kappa: float) -> None:
+def test_the_exponent_shares_q_between_weight_and_penalty(exponent: float, omega: int, kappa: float) -> None:
     weights = quality.weights(50, 4.0, rho=0.1, exponent=exponent)
-    assert weights == pytest.approx((omega, kappa))
-    assert weights.omega * weights.kappa == pytest.approx(50 * 0.1 * 4.0)  # the same in every mode
+    assert weights.omega == omega
+    assert penalty_of(weights.penalty) == pytest.approx(kappa)
+
+
+def test_a_weight_holds_a_quality_to_a_256th() -> None:
+    assert quality.weights(7, 1.0 + 1 / 256, rho=0.1, exponent=1.0).omega == 7 * 257
+    assert quality.weights(7, 1.0 + 1 / 1024, rho=0.1, exponent=1.0).omega == 7 * 256

@@ -7,6 +7,7 @@ import pytest
 
 from fedeq_edge.errors import RemoteWireError
 from fedeq_edge.protocol.actions import Note, Publish
+from fedeq_edge.protocol.aggregator import PATIENCE
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.protocol.state import vector_digest
 from fedeq_edge.wire import messages
@@ -76,8 +77,9 @@ def test_an_aggregator_drops_counts_and_names_them_and_the_round_goes_on(maker: 
     for payload in maker(sound_chunk(fleet)):
         actions = fleet.aggregator.arrived(topic, payload, fleet.now)
         notes = [action for action in actions if isinstance(action, Note)]
-        assert [(note.facts["code"], note.facts["device"]) for note in notes] == [("malformed", "d0")]
         expected += 1
+        named = [("malformed", "d0")] if expected <= PATIENCE else []  # further ones are counted only
+        assert [(note.facts["code"], note.facts["device"]) for note in notes] == named
     assert fleet.aggregator.refusals == {"malformed": expected}
     np.testing.assert_equal(fleet.aggregator.consensus.snapshot(), before)
     assert "d0" in fleet.aggregator.status()["online"]
@@ -120,7 +122,7 @@ def test_a_consensus_that_does_not_fit_its_base_is_refused_by_the_client() -> No
     for length, codec, value in ((11, "f32", 1.0), (1, "f32", 1.0), (12, "f32", 3e38), (12, "f16", 6e4)):
         dtype = "<f4" if codec == "f32" else "<f2"
         for base in (_digest_of(device.state.z), b"", bytes(32)):
-            model = messages.Model(run="t-1", round=3, model=wanted, base=base, codec=codec, length=length)  # type: ignore[arg-type]
+            model = messages.Model(run="t-1", round=3, model=wanted, base=base, codec=codec, length=length)
             blob = messages.encode(model, np.full(length, value, dtype).tobytes())
             chunk = messages.Chunk(transfer=digest(blob), index=0, size=len(blob))
             actions = device.arrived(TOPICS.down("d1"), messages.encode(chunk, blob), 0.0)
@@ -141,7 +143,7 @@ def test_a_stranger_may_say_what_it_likes() -> None:
         messages.Decline(run="t-1", round=3, reason="no"),
         messages.Differs(run="t-1", round=3, expected=b"", after=-1),
         messages.Verdict(run="t-1", subject="contribution", round=3, accepted=True),
-        messages.Task(run="t-1", round=3, model=bytes(32), kappa=1.0, deadline_s=1.0),
+        messages.Task(run="t-1", round=3, model=bytes(32), kappa=1.0, deadline_s=1.0, codec="f32"),
         messages.AggregatorState(boot="me"),
     ]
     for message in sound:

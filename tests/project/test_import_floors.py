@@ -13,10 +13,10 @@ import fedeq_edge
 PACKAGE = Path(fedeq_edge.__file__).parent
 FLOORS = {
     0: ("__init__", "errors", "kit", "structs"),
-    1: ("deq", "consensus", "wire", "data"),
+    1: ("deq", "consensus", "masking", "wire", "data"),
     2: ("training", "hardware", "protocol"),
-    3: ("transport", "onnx", "storage", "modelfile"),
-    4: ("settings", "logs", "agent", "trainer", "gateway", "report", "demo"),
+    3: ("transport", "onnx", "storage", "modelfile", "orders"),
+    4: ("settings", "logs", "agent", "trainer", "gateway", "audit", "chaos", "report", "demo"),
     5: ("cli", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

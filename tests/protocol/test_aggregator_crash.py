@@ -48,9 +48,9 @@ def test_a_kill_between_store_and_verdict_is_settled_by_the_contribution_sent_ag
     device = fleet.devices["d2"]
     device.holds_back = False
     device.do_work()
-    fleet.kill_after = 2  # the chunk's acknowledgement and Store: the verdict that follows is not said any more
+    fleet.kill_after = 1  # Store: the verdict that follows is not said any more
     fleet.run(lambda: fleet.kills == 1)
-    assert fleet.stored[-1][:2] == ("d2", 2)
+    assert (fleet.stored[-1].device, fleet.stored[-1].round) == ("d2", 2)
     assert device.client.state.pending is not None
     fleet.run()
     fleet.check_counted_once()
@@ -69,7 +69,7 @@ def test_many_kills_on_a_bad_wire_change_nothing(tmp_path: Path) -> None:
         device.restart()
     fleet.settle()
     fleet.check_duals()
-    counted = [(device, number) for device, number, _ in fleet.stored]
+    counted = [(store.device, store.round) for store in fleet.stored]
     assert len(counted) == len(set(counted))
 
 
@@ -130,7 +130,7 @@ def test_a_contribution_that_is_not_of_its_snapshot_stops_the_aggregator(tmp_pat
     fleet = Fleet(THREE, rounds=3, folder=tmp_path)
     fleet.run_to_round(2)
     message, body = contribution(fleet, "d0", run="another")
-    AggregatorFolder(tmp_path).store("d0", messages.encode(message, body))
+    AggregatorFolder(tmp_path).store("d0", 2, 1.0, messages.encode(message, body))
     with pytest.raises(StateError, match="device d0 does not fit the snapshot"):
         fleet.kill_aggregator()
 
@@ -138,7 +138,7 @@ def test_a_contribution_that_is_not_of_its_snapshot_stops_the_aggregator(tmp_pat
 def test_a_stored_contribution_that_the_disk_damaged_is_named(tmp_path: Path) -> None:
     fleet = Fleet(THREE, rounds=3, folder=tmp_path)
     fleet.run_to_round(2)
-    AggregatorFolder(tmp_path).store("d0", b"FDQ1 no more")
+    AggregatorFolder(tmp_path).store("d0", 2, 1.0, b"FDQ1 no more")
     with pytest.raises(StateError, match="device d0 is damaged"):
         fleet.kill_aggregator()
 

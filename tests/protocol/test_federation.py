@@ -8,17 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedeq_edge.consensus.fixed import dual_step, fraction_bits
 from fedeq_edge.consensus.methods import METHODS
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.transport.memory import MemoryBroker
 from fedeq_edge.wire import coding, messages
-from tests.protocol.fleet import ADMM, Fleet, Quadratics
+from tests.protocol.fleet import ADMM, TOPICS, Fleet, Quadratics
 
+CODECS = ("f32", "f16", "int8", "int4", "int4+z")
 FOUR = Quadratics.drawn(4)
 FIXED_EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
-@pytest.mark.parametrize("codec", coding.CODECS)
+@pytest.mark.parametrize("codec", CODECS)
 def test_a_federation_reaches_the_optimum_with_every_code(codec: coding.Codec) -> None:
     fleet = Fleet(FOUR, codec=codec, rounds=60)
     fleet.run()
@@ -26,6 +28,14 @@ def test_a_federation_reaches_the_optimum_with_every_code(codec: coding.Codec) -
     fleet.check_duals()
     fleet.check_counted_once()
     assert len(fleet.stored) == 4 * 60
+
+
+def test_a_federation_that_sends_a_quarter_of_the_values_reaches_the_same_optimum() -> None:
+    fleet = Fleet(FOUR, codec="int8", up=("top25:int8",), rounds=200)
+    fleet.run()
+    assert fleet.distance() < 2e-6
+    fleet.check_duals()
+    fleet.check_counted_once()
 
 
 def test_a_federation_over_several_chunks_reaches_the_optimum() -> None:
@@ -51,7 +61,7 @@ def test_every_device_reports_once_and_each_round_leaves_one_line() -> None:
     loss=st.sampled_from([0.0, 0.05, 0.2]),
     duplicate=st.sampled_from([0.0, 0.3]),
     reorder=st.booleans(),
-    codec=st.sampled_from(coding.CODECS),
+    codec=st.sampled_from(CODECS),
     fraction=st.sampled_from([0.5, 1.0]),
 )
 def test_both_sides_agree_bit_for_bit_on_a_wire_that_loses_repeats_and_reorders(
@@ -67,7 +77,7 @@ def test_both_sides_agree_bit_for_bit_on_a_wire_that_loses_repeats_and_reorders(
     fleet.settle()
     fleet.check_duals()
     fleet.check_sums()
-    counted = [(device, number) for device, number, _ in fleet.stored]
+    counted = [(store.device, store.round) for store in fleet.stored]
     assert len(counted) == len(set(counted))
 
 
@@ -186,11 +196,12 @@ def test_a_server_without_duals_lets_each_device_keep_its_own() -> None:
     fleet = Fleet(FOUR, rounds=6, method=published)
     fleet.run()
     expected: dict[str, np.ndarray] = {}
-    for device, _, blob in fleet.stored:
-        received = messages.decode(blob)
+    for store in fleet.stored:
+        received = messages.decode(store.blob)
         assert isinstance(received.message, messages.Contribution)
-        moved = coding.decode("f32", received.body, received.message.length)
-        expected[device] = expected.get(device, np.zeros_like(moved)) + moved
+        difference = coding.decode("f32", received.body, received.message.length)
+        moved = dual_step(difference, store.kappa, fraction_bits(np.float32))
+        expected[store.device] = expected.get(store.device, np.zeros_like(moved)) + moved
     for name, device_ in fleet.devices.items():
         np.testing.assert_array_equal(device_.client.state.nu, expected[name])
         assert not device_.notes
@@ -232,20 +243,53 @@ def test_a_device_that_comes_back_with_more_data_weighs_more() -> None:
     fleet.check_sums()
 
 
-def test_a_step_goes_to_whom_holds_its_base_and_the_whole_to_everybody_else() -> None:
-    fleet = Fleet(FOUR, rounds=8, codec="int8", schedule=Schedule(min_devices=4, deadline_s=30.0))
-    fleet.run_to_round(3)
+def models_sent(fleet: Fleet, device: str) -> list[messages.Model]:
+    """The consensus as it was sent to one device alone, whole or as steps."""
+    chunks = [messages.decode(sent.payload) for sent in fleet.sent if sent.topic.endswith(f"{device}/down")]
+    blobs = [bytes(chunk.body) for chunk in chunks if isinstance(chunk.message, messages.Chunk)]
+    models = [messages.decode(blob).message for blob in blobs]
+    return [model for model in models if isinstance(model, messages.Model)]
+
+
+def test_the_step_is_told_once_for_all_and_the_whole_to_whom_it_does_not_help() -> None:
+    fleet = Fleet(FOUR, rounds=16, codec="int8", schedule=Schedule(min_devices=4, deadline_s=30.0))
+    fleet.run_to_round(2)
     fleet.devices["d3"].crash()
-    fleet.run_to_round(6)
+    fleet.run_to_round(13)  # so many steps are longer than the whole
     fleet.sent.clear()
     fleet.devices["d3"].start()
     fleet.run()
+    assert [model.codec for model in models_sent(fleet, "d3")] == ["f32"]
+    assert not models_sent(fleet, "d0")
+    assert sum(sent.topic == TOPICS.model for sent in fleet.sent) >= 3
+    assert fleet.aggregator.counters.resyncs == 1
 
-    def codecs(device: str) -> list[str]:
-        chunks = [messages.decode(sent.payload) for sent in fleet.sent if sent.topic.endswith(f"{device}/down")]
-        blobs = [bytes(chunk.body) for chunk in chunks if isinstance(chunk.message, messages.Chunk)]
-        models = [messages.decode(blob).message for blob in blobs]
-        return [model.codec for model in models if isinstance(model, messages.Model)]
 
-    assert codecs("d3")[0] == "f32"
-    assert set(codecs("d0")) == set(codecs("d3")[1:]) == {"int8"}
+def test_a_device_that_is_asked_now_and_then_is_led_by_the_steps_it_has_missed() -> None:
+    schedule = Schedule(min_devices=4, fraction=0.25, deadline_s=30.0)
+    fleet = Fleet(Quadratics.drawn(4, size=3000), rounds=12, codec="int2", schedule=schedule)
+    fleet.run()
+    assert not any(sent.topic == TOPICS.model for sent in fleet.sent)
+    sent = [model for name in fleet.devices for model in models_sent(fleet, name)]
+    assert sum(model.codec == "f32" for model in sent) == 4  # their first
+    assert sum(model.codec == "int2" for model in sent) > 8
+    assert fleet.aggregator.counters.resyncs == 0
+    fleet.check_duals()
+    fleet.check_counted_once()
+
+
+def spoken_codecs(fleet: Fleet, device: str) -> set[str]:
+    """How this device's contributions came."""
+    received = [messages.decode(store.blob).message for store in fleet.stored if store.device == device]
+    return {message.codec for message in received if isinstance(message, messages.Contribution)}
+
+
+def test_a_device_that_does_not_speak_the_code_of_the_steps_gets_whole_values() -> None:
+    fleet = Fleet(FOUR, rounds=5, codec="int2", up=("int4", "f32"))
+    fleet.devices["d0"].codecs = ("f32",)
+    fleet.devices["d0"].restart()
+    fleet.run()
+    assert spoken_codecs(fleet, "d0") == {"f32"}
+    assert spoken_codecs(fleet, "d1") == {"int4"}
+    fleet.check_duals()
+    fleet.check_counted_once()

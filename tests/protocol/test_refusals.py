@@ -7,11 +7,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedeq_edge.protocol.aggregator import LARGEST_STEP
+from fedeq_edge.protocol.aggregator import PATIENCE
+from fedeq_edge.protocol.intake import LARGEST_STEP
 from fedeq_edge.protocol.schedule import Schedule
-from fedeq_edge.protocol.transfers import UPLOAD_IDLE_S
+from fedeq_edge.protocol.transfers import AWAY_S
 from fedeq_edge.wire import messages
-from fedeq_edge.wire.chunks import CHUNK_BYTES
+from fedeq_edge.wire.chunks import BLOCK_BYTES, digest
 from tests.protocol.fleet import ADMM, METRICS, TOPICS, Fleet, Quadratics, contribution, upload
 
 THREE = Quadratics.drawn(3)
@@ -183,22 +184,51 @@ def test_a_report_before_the_end_is_passed_over() -> None:
     assert fleet.aggregator.reports["d0"].accuracy_personal == 1.0
 
 
-def test_an_upload_over_the_limit_is_refused_at_its_first_chunk() -> None:
+def test_an_upload_over_the_limit_is_refused_when_it_is_offered() -> None:
     fleet = in_round_two()
-    chunk = messages.Chunk(transfer=bytes(32), index=0, size=10_000_000)
-    fleet.feed("d0", messages.encode(chunk, bytes(CHUNK_BYTES)))
+    fleet.send("d0", messages.Offer(transfer=bytes(32), size=10_000_000))
     assert fleet.aggregator.refusals == {"malformed": 1}
-    assert not fleet.aggregator._uploads
+    assert fleet.aggregator.status()["uploads"] == {"granted": 0, "waiting": 0}
     go_on(fleet)
 
 
-def test_uploads_of_devices_that_vanish_are_forgotten() -> None:
+def test_blocks_that_nobody_has_granted_are_refused() -> None:
     fleet = Fleet(Quadratics.drawn(2, size=40_000), rounds=2)
     fleet.run_to_round(1)
-    for name in ("d0", "d1", "stranger"):
-        fleet.feed(name, messages.encode(messages.Chunk(transfer=bytes(32), index=0, size=100_000), bytes(CHUNK_BYTES)))
-    assert len(fleet.aggregator._uploads) == 3
-    fleet.aggregator.arrived(TOPICS.state("d0"), fleet.devices["d0"].client.offline(), fleet.now)
-    assert len(fleet.aggregator._uploads) == 2
-    fleet.aggregator.tick(fleet.now + UPLOAD_IDLE_S)
-    assert not fleet.aggregator._uploads
+    chunk = messages.Chunk(transfer=bytes(32), index=0, size=100_000)
+    fleet.feed("stranger", messages.encode(chunk, bytes(BLOCK_BYTES)))
+    assert fleet.aggregator.refusals == {"malformed": 1}
+    assert "not granted" in str(fleet.notes[-1].facts["reason"])
+
+
+def test_an_upload_of_a_device_that_vanishes_waits_for_it_and_not_for_ever() -> None:
+    fleet = Fleet(Quadratics.drawn(2, size=40_000), rounds=2)
+    fleet.run_to_round(1)
+    fleet.send("stranger", messages.Offer(transfer=bytes(32), size=100_000))
+    fleet.feed("stranger", messages.encode(messages.Chunk(transfer=bytes(32), index=0, size=100_000), bytes(8192)))
+    fleet.aggregator.tick(fleet.now + AWAY_S - 1.0)
+    assert fleet.aggregator.status()["uploads"]["granted"] == 1
+    fleet.aggregator.tick(fleet.now + AWAY_S)
+    assert fleet.aggregator.status()["uploads"]["granted"] == 0
+
+
+def test_a_contribution_offered_again_after_it_counted_gets_its_verdict_without_being_sent() -> None:
+    fleet = in_round_two()
+    blob = fleet.stored[0].blob
+    device = fleet.stored[-1].device
+    fleet.send(device, messages.Offer(transfer=digest(fleet.stored[-1].blob), size=len(blob)))
+    assert fleet.messages_to(device, messages.Verdict)[-1].accepted
+    assert fleet.aggregator.counters.duplicates == 1
+    go_on(fleet)
+
+
+def test_a_device_that_is_refused_again_and_again_fills_no_log_and_gets_no_more_answers() -> None:
+    fleet = in_round_two()
+    for _ in range(3 * PATIENCE):
+        message, body = contribution(fleet, "d0", run="another")
+        upload(fleet, "d0", messages.encode(message, body))
+    assert fleet.aggregator.refusals == {"run": 3 * PATIENCE}
+    refused = [note for note in fleet.notes if note.event == "refused"]
+    assert len(refused) == PATIENCE
+    assert "counted only" in str(refused[-1].facts["reason"])
+    go_on(fleet)

@@ -153,7 +153,7 @@ def test_a_contribution_on_disk_is_sent_after_a_restart_without_being_asked_for(
     task_heard = device.client._task is not None
     fleet.settle()
     assert not task_heard
-    assert ("d1", 2) in [(name, number) for name, number, _ in fleet.stored]
+    assert ("d1", 2) in [(store.device, store.round) for store in fleet.stored]
     fleet.run()
     fleet.check_duals()
 
@@ -161,8 +161,9 @@ def test_a_contribution_on_disk_is_sent_after_a_restart_without_being_asked_for(
 def test_a_restarted_aggregator_waits_a_moment_for_its_fleet_before_it_opens_a_round() -> None:
     fleet = Fleet(THREE, rounds=3)
     fleet.run_to_round(1)
-    fleet.aggregator._open = None  # between two rounds
-    fleet.aggregator._online.clear()
+    fleet.aggregator.state.open = False  # between two rounds
+    for name in fleet.devices:
+        fleet.aggregator._roster.leave(name)
     fleet.aggregator.connected(fleet.now)
     birth = messages.Birth(boot="b", samples=10, profile="", emulated=False, codecs=("f32",))
     fleet.aggregator.arrived(TOPICS.state("d0"), messages.encode(birth), fleet.now)
@@ -216,8 +217,8 @@ def test_a_cohort_is_a_part_of_who_is_there_and_never_empty() -> None:
 def test_a_round_closes_when_all_have_answered_or_enough_at_the_deadline(
     contributed: str, declined: str, passed: bool, closes: bool
 ) -> None:
-    progress = Progress(cohort="abc", contributed=contributed, declined=declined, deadline_passed=passed)
-    assert progress.closes(0.5) is closes
+    progress = Progress(cohort="abc", contributed=contributed, late="", declined=declined, deadline_passed=passed)
+    assert progress.closes(Schedule(quorum=0.5)) is closes
 
 
 @pytest.mark.parametrize(
@@ -233,6 +234,9 @@ def test_a_round_closes_when_all_have_answered_or_enough_at_the_deadline(
         ("min_devices", 0),
         ("late_rounds", -1),
         ("samples_limit", 0),
+        ("buffer", 0),
+        ("battery_percent", 101.0),
+        ("data_age_s", 0.0),
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused_by_the_name_of_its_field(field: str, value: float) -> None:
@@ -241,7 +245,7 @@ def test_a_schedule_that_cannot_work_is_refused_by_the_name_of_its_field(field: 
 
 
 def _task_for(device: Device, **changes: object) -> bytes:
-    task = messages.Task(run="t-1", round=9, model=bytes(32), kappa=1.0, deadline_s=9.0)
+    task = messages.Task(run="t-1", round=9, model=bytes(32), kappa=1.0, deadline_s=9.0, codec="f32")
     return messages.encode(msgspec.structs.replace(task, **changes))
 
 

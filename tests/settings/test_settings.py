@@ -114,7 +114,7 @@ def test_a_bad_value_is_named_by_its_place(text: str, told: str, tmp_path: Path)
     [
         ("min_devices = 2", "min_devices = 0", "schedule.min_devices is 0; give at least 1"),
         ("deadline_s = 42.5", "deadline_s = -1", "schedule.deadline_s is -1"),
-        ("seed = 3", 'seed = 3\ncodec = "int2"', "$.codec"),
+        ("seed = 3", 'seed = 3\ncodec = "int3"', "int3"),
         ("classes = 10", "classes = 1.5", "$.model.classes"),
     ],
 )

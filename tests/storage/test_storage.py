@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 import numpy as np
@@ -13,15 +13,15 @@ import pytest
 
 from fedeq_edge import storage, structs
 from fedeq_edge.errors import StateError
-from fedeq_edge.protocol.aggregator import new_state
-from fedeq_edge.protocol.state import AggregatorState, ClientState, Pending
-from fedeq_edge.storage import AggregatorFolder, ClientFolder, DiskDuals, history, locked
+from fedeq_edge.protocol.state import ClientState, Pending
+from fedeq_edge.storage import AggregatorFolder, ClientFolder, history, locked
 
 STATE = ClientState(
     run="r",
     accepted_round=3,
     z=np.arange(5, dtype=np.float32),
-    nu=-np.ones(5, np.float32),
+    nu=np.full(5, -(2**40), np.int64),
+    dual=b"name",
     head=np.zeros(0, np.float32),
     pending=Pending(round=4, kappa=0.1, codec="int4", body=b"body", blob=b"blob"),
 )
@@ -69,7 +69,9 @@ def test_every_damaged_byte_is_named_and_nothing_is_replaced(tmp_path: Path) -> 
         damaged = bytearray(sound)
         damaged[position] ^= 0x10
         path.write_bytes(damaged)
-        with pytest.raises(StateError, match=r"client.state is damaged \(its checksum differs\); restore it"):
+        with pytest.raises(
+            StateError, match=r"client.state is damaged \((its checksum differs|it is no state file).*\)"
+        ):
             ClientFolder(tmp_path).load()
     path.write_bytes(sound[:20])
     with pytest.raises(StateError, match="is damaged"):
@@ -118,119 +120,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
 
 
-# Duals
-
-
-def test_a_dual_comes_back_as_it_was_put(tmp_path: Path) -> None:
-    duals = DiskDuals(tmp_path, {})
-    nu = np.random.default_rng(0).normal(size=7).astype(np.float32)
-    duals.put("a", np.zeros(7, np.float32))
-    duals.put("a", nu)
-    np.testing.assert_array_equal(duals.get("a"), nu)
-    np.testing.assert_array_equal(DiskDuals(tmp_path, duals.versions).get("a"), nu)
-    with pytest.raises(KeyError):
-        duals.get("b")
-
-
-def test_duals_read_with_an_old_snapshot_are_as_it_knew_them(tmp_path: Path) -> None:
-    duals = DiskDuals(tmp_path, {})
-    duals.put("a", np.ones(3, np.float32))
-    duals.put("b", np.ones(3, np.float32))
-    duals.prune()
-    known = dict(duals.versions)
-    duals.put("a", np.full(3, 2, np.float32))
-    duals.drop("b")
-    duals.put("b", np.full(3, 5, np.float32))  # came back, under another version than it left with
-    for name in ("a", "b"):
-        np.testing.assert_array_equal(DiskDuals(tmp_path, known).get(name), np.ones(3))
-
-
-def test_pruning_leaves_what_counts_and_nothing_else(tmp_path: Path) -> None:
-    duals = DiskDuals(tmp_path, {})
-    for value in range(4):
-        duals.put("a", np.full(3, value, np.float32))
-        duals.put("a-1", np.full(3, value, np.float32))
-    duals.drop("a-1")
-    duals.prune()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.4"]
-    np.testing.assert_array_equal(duals.get("a"), np.full(3, 3))
-
-
-def test_a_dual_that_is_gone_or_damaged_is_named(tmp_path: Path) -> None:
-    duals = DiskDuals(tmp_path, {})
-    duals.put("pi", np.ones(3, np.float32))
-    path = tmp_path / "pi.1"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(StateError, match=r"pi\.1 is damaged"):
-        duals.get("pi")
-    path.unlink()
-    with pytest.raises(StateError, match="dual of device pi is missing"):
-        duals.get("pi")
-
-
-# The aggregator
-
-
-def consensus_of(value: float) -> dict[str, Any]:
-    return {"arrays": {"z": np.full(3, value)}, "scalars": {"R": value, "members": {"a": {"samples": 5}}}}
-
-
-def test_a_snapshot_comes_back_with_its_types(tmp_path: Path) -> None:
-    state = new_state("r")
-    state.issued = {3: {"a": 0.1}}
-    AggregatorFolder(tmp_path).take_snapshot(state, consensus_of(1.5))
-    saved = AggregatorFolder(tmp_path).snapshot()
-    assert saved is not None
-    loaded, consensus = saved
-    assert isinstance(loaded, AggregatorState)
-    assert loaded == state
-    np.testing.assert_equal(consensus, consensus_of(1.5))
-    assert consensus["arrays"]["z"].dtype == np.float64
-
-
-def test_the_journal_keeps_the_order_in_which_contributions_were_accepted(tmp_path: Path) -> None:
-    folder = AggregatorFolder(tmp_path)
-    stored = [(f"d-{number % 3}", bytes([number])) for number in range(12)]
-    for device, blob in stored[:7]:
-        folder.store(device, blob)
-    folder = AggregatorFolder(tmp_path)
-    for device, blob in stored[7:]:
-        folder.store(device, blob)
-    assert list(AggregatorFolder(tmp_path).journal()) == stored
-
-
-def test_a_snapshot_empties_the_journal(tmp_path: Path) -> None:
-    folder = AggregatorFolder(tmp_path)
-    folder.store("a", b"1")
-    folder.take_snapshot(new_state("r"), consensus_of(1.0))
-    folder.store("a", b"2")
-    assert list(AggregatorFolder(tmp_path).journal()) == [("a", b"2")]
-
-
-def test_a_crash_between_snapshot_and_the_end_of_its_journal_repeats_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = AggregatorFolder(tmp_path)
-    folder.store("a", b"1")
-    folder.store("b", b"2")
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", fails)
-        with pytest.raises(StateError, match="No space"):
-            folder.take_snapshot(new_state("r"), consensus_of(1.0))
-    again = AggregatorFolder(tmp_path)
-    assert again.snapshot() is not None
-    assert list(again.journal()) == []
-    again.store("c", b"3")
-    assert list(AggregatorFolder(tmp_path).journal()) == [("c", b"3")]
-    again.take_snapshot(new_state("r"), consensus_of(2.0))
-    assert list((tmp_path / "journal").iterdir()) == []
-
-
-def test_a_half_stored_contribution_does_not_count(tmp_path: Path) -> None:
-    folder = AggregatorFolder(tmp_path)
-    folder.store("a", b"1")
-    (tmp_path / "journal" / ".2-b.new").write_bytes(b"ha")
-    assert list(AggregatorFolder(tmp_path).journal()) == [("a", b"1")]
+# History and status
 
 
 def line(number: int, **more: object) -> dict[str, object]:

@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> Path:
     path.write_text(settings.to_toml(AgentSettings(device="a", federation="test", data="data.npz")))
     state = tmp_path / "state"
     state.mkdir()
-    ClientFolder(state).save(ClientState(run="run", z=Z, nu=Z))
+    ClientFolder(state).save(ClientState(run="run", z=Z, base=vector_digest(Z), nu=np.zeros(Z.size, np.int64)))
     return path
 
 
@@ -55,18 +55,17 @@ def _manifest() -> bytes:
         messages.Manifest(
             run="run",
             status="running",
-            round=1,
             model=msgspec.to_builtins(SPEC),
             plan=msgspec.to_builtins(Plan(rounds=1)),
             method=msgspec.to_builtins(method("admm")),
             seed=0,
-            codec="int8",
         )
     )
 
 
 def _task(deadline_s: float) -> bytes:
-    return messages.encode(messages.Task(run="run", round=1, model=vector_digest(Z), kappa=0.1, deadline_s=deadline_s))
+    task = messages.Task(run="run", round=1, model=vector_digest(Z), kappa=0.1, deadline_s=deadline_s, codec="f32")
+    return messages.encode(task)
 
 
 class _Bench:

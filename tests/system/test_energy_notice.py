@@ -24,12 +24,10 @@ def notices(folder: Path, profile: str, plan: Plan, caplog: pytest.LogCaptureFix
     manifest = Manifest(
         run="run",
         status="running",
-        round=1,
         model=msgspec.to_builtins(ModelSpec(input_shape=(4,), classes=2)),
         plan=msgspec.to_builtins(plan),
         method=msgspec.to_builtins(method("admm")),
         seed=0,
-        codec="int8",
     )
     agent = Agent(path, chosen, samples=1, slowdown=1.0)
     with caplog.at_level(logging.WARNING, logger="fedeq_edge.agent"):

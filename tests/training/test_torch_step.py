@@ -5,8 +5,9 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from fedeq_edge.consensus.admm import Consensus, advance_dual
+from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.consensus.constraint import feasible
+from fedeq_edge.consensus.fixed import dual_step, dual_value
 from fedeq_edge.consensus.methods import METHODS, Method
 from fedeq_edge.data.npz import ClientData
 from fedeq_edge.deq.initial import initial
@@ -352,15 +353,16 @@ def test_two_devices_that_lack_a_class_each_learn_it_from_the_other() -> None:
         for classes in ((0, 1), (1, 2))
     }
     consensus = Consensus(first_task(method=SHARED).z, method=SHARED, constraints=constraints(SPEC))
-    duals = {name: np.zeros_like(consensus.z_hat) for name in learners}
+    duals = {name: np.zeros(consensus.z_hat.size, np.int64) for name in learners}
     for name, learner in learners.items():
         consensus.join(name, learner.samples)
     for completed in range(plan.rounds):
         z = consensus.z_hat
         for name, learner in learners.items():
             kappa = consensus.penalty(name)
-            result = learner.train(first_task(method=SHARED, round=completed, z=z, nu=duals[name], kappa=kappa))
-            duals[name] = advance_dual(duals[name], kappa, result.difference)
+            nu = dual_value(duals[name], np.float32)
+            result = learner.train(first_task(method=SHARED, round=completed, z=z, nu=nu, kappa=kappa))
+            duals[name] += dual_step(result.difference, kappa, 32)
             consensus.accept(name, result.difference, kappa)
         consensus.close_round()
     every = blobs(SPEC, seed=5)

@@ -30,15 +30,13 @@ EXAMPLES: list[messages.Message] = [
     messages.Manifest(
         run="r",
         status="running",
-        round=3,
         model={"cell": "dense", "sizes": [1, 2], "nothing": None},
         plan={"rounds": 15, "rate": 0.1},
         method={"name": "admm"},
         seed=2**53,
-        codec="int4",
     ),
-    messages.Task(run="r", round=3, model=DIGEST, kappa=0.1, deadline_s=60.0, after=2, duals=DIGEST),
-    messages.Task(run="r", round=3, model=DIGEST, kappa=0.1, deadline_s=60.0, duals=None, final=True),
+    messages.Task(run="r", round=3, model=DIGEST, kappa=0.1, deadline_s=60.0, codec="int4+z", after=2, duals=DIGEST),
+    messages.Task(run="r", round=3, model=DIGEST, kappa=0.1, deadline_s=60.0, codec="f32", duals=None, final=True),
     messages.Fetch(run="r", model=DIGEST, base=b""),
     messages.Chunk(transfer=DIGEST, index=0, size=1),
     messages.ChunkAck(transfer=DIGEST, bitmap=b"\x01"),
@@ -64,6 +62,7 @@ EXAMPLES: list[messages.Message] = [
     ),
     messages.Decline(run="r", round=3, reason="battery at 4 %"),
     messages.Differs(run="r", round=3, expected=DIGEST, after=-1),
+    messages.Offer(transfer=DIGEST, size=1),
 ]
 
 
@@ -113,14 +112,19 @@ def test_a_value_of_another_type_is_refused_or_was_right(message: messages.Messa
     [
         (EXAMPLES[0], {"samples": 0}),
         (EXAMPLES[0], {"samples": 2**53 + 1}),
-        (EXAMPLES[0], {"codecs": ["int2"]}),
+        (EXAMPLES[0], {"codecs": ["x"] * 33}),
+        (EXAMPLES[0], {"battery": 101.0}),
+        (EXAMPLES[0], {"data_age_s": -1.0}),
         (EXAMPLES[0], {"profile": "x" * 129}),
         (EXAMPLES[4], {"model": b"short"}),
         (EXAMPLES[4], {"round": -1}),
         (EXAMPLES[4], {"after": -2}),
+        (EXAMPLES[4], {"codec": "int4; rm"}),
         (EXAMPLES[7], {"size": 0}),
         (EXAMPLES[9], {"length": 0}),
         (EXAMPLES[10], {"reason": "x" * 513}),
+        (EXAMPLES[10], {"factor": 0}),
+        (EXAMPLES[10], {"factor": 65537}),
         (EXAMPLES[12], {"forward": 10_001}),
     ],
 )

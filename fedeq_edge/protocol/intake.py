@@ -1,0 +1,125 @@
+"""What comes in as a contribution is checked against what was asked, decoded, and counted once.
+
+A device may be broken or hostile: every claim is compared with what the aggregator itself knows (run, round, base,
+length, codec, penalty of the task) before the body is decoded, and nothing has changed where one does not hold.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from fedeq_edge.consensus.admm import Consensus
+from fedeq_edge.errors import ContributionError, RemoteWireError
+from fedeq_edge.protocol.federation import Federation
+from fedeq_edge.protocol.state import AggregatorState, dual_name
+from fedeq_edge.training.step import Vector
+from fedeq_edge.wire import chunks, coding, messages
+from fedeq_edge.wire.frame import FRAME_BYTES, HEADER_LIMIT_BYTES
+
+LARGEST_STEP: Final = 1e6  # of one parameter: a training that diverged
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A contribution that counts. kappa, factor: with what it does; None for kappa where it had counted before."""
+
+    message: messages.Contribution
+    kappa: float | None
+    factor: int
+
+
+def contribution(received: messages.Received) -> messages.Contribution:
+    """The message, if it is a contribution. Raises RemoteWireError."""
+    if not isinstance(received.message, messages.Contribution):
+        raise RemoteWireError("upload holds another message than a contribution")
+    return received.message
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """The gate before the consensus; it moves `consensus` and `state`, and sends nothing."""
+
+    federation: Federation
+    consensus: Consensus
+    state: AggregatorState
+
+    @property
+    def limit_bytes(self) -> int:
+        """Of a contribution with its frame: what an upload may claim at most."""
+        size = self.consensus.z_hat.size
+        body = max(coding.largest_bytes(codec, size) for codec in self.federation.up)
+        return FRAME_BYTES + HEADER_LIMIT_BYTES + body
+
+    def codec_for(self, birth: messages.Birth) -> coding.Codec | None:
+        """The first of the federation's codecs that this device speaks, None without one."""
+        return coding.choose(self.federation.up, birth.codecs)
+
+    def take(self, device: str, received: messages.Received, blob: bytes) -> Taken:
+        """The contribution in `blob`, `received` when decoded, counts from here on, or has before.
+
+        Raises ContributionError where it is refused.
+        """
+        message = contribution(received)
+        member = self.state.members.get(device)
+        if member is not None and message.run == self.state.run and message.round <= member.accepted_round:
+            return Taken(message, None, member.factor if message.round == member.accepted_round else messages.WHOLE)
+        kappa = self._check_claims(device, message)
+        factor = self.consensus.accept(device, self._difference(device, received), kappa)
+        self._remember(device, message, kappa, factor, blob)
+        return Taken(message, kappa, factor)
+
+    def take_back(self, device: str, blob: bytes) -> None:
+        """A contribution that was taken since the last close does not count: the sums are as if it had never come."""
+        received = messages.decode(blob)
+        number = contribution(received).round
+        kappa = self.state.issued[number][device]
+        self.consensus.retract(device, self._difference(device, received), kappa)
+        for table in (self.state.contributed, self.state.late):
+            table.pop(device, None)
+        self.state.accepted = [entry for entry in self.state.accepted if entry[:2] != (device, number)]
+
+    def _difference(self, device: str, received: messages.Received) -> Vector:
+        message = contribution(received)
+        try:
+            difference = coding.decode(message.codec, received.body, message.length)
+        except RemoteWireError as error:
+            raise ContributionError("size_or_nan", f"device {device}: {error}") from error
+        largest = float(np.abs(difference).max())
+        if largest > LARGEST_STEP:
+            raise ContributionError(
+                "too_large", f"device {device}: a parameter moved by {largest:.3g}, at most {LARGEST_STEP:.0g} is taken"
+            )
+        return difference
+
+    def _remember(self, device: str, message: messages.Contribution, kappa: float, factor: int, blob: bytes) -> None:
+        member = self.state.members[device]
+        member.accepted_round, member.transfer, member.factor = message.round, chunks.digest(blob), factor
+        if self.federation.method.server == "fresh":
+            member.dual = dual_name(member.dual, message.round, kappa, factor, member.transfer)
+        current = self.state.open and message.round == self.state.round
+        (self.state.contributed if current else self.state.late)[device] = message.metrics
+        self.state.accepted.append((device, message.round, self.consensus.weights(device)[0]))
+
+    def _check_claims(self, device: str, message: messages.Contribution) -> float:
+        """kappa of the task that this contribution answers. Raises ContributionError naming what is wrong."""
+        state = self.state
+        where = f"device {device}: contribution for round {message.round}"
+        if state.status != "running" or message.run != state.run:
+            raise ContributionError("run", f"{where} of run {message.run!r}; run {state.run!r} does not take it now")
+        if message.round not in state.bases:
+            oldest = min(state.bases, default=state.round)
+            raise ContributionError("round", f"{where}; rounds {oldest} to {state.round} are taken now")
+        kappa = state.issued.get(message.round, {}).get(device)
+        if kappa is None:
+            raise ContributionError("not_asked", f"{where}, which did not ask it")
+        if message.base != state.bases[message.round]:
+            raise ContributionError("digest", f"{where} starts from another consensus than that round's")
+        size = self.consensus.z_hat.size
+        if message.length != size or message.codec not in self.federation.up:
+            raise ContributionError(
+                "wrong_shape",
+                f"{where} has {message.length} values as {message.codec}, expected {size} as "
+                f"{' or '.join(self.federation.up)}; was it started with another model file?",
+            )
+        return kappa
