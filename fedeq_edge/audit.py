@@ -109,6 +109,11 @@ class _Step:
     difference: Vector
     step: FixedVector
 
+    @property
+    def weight(self) -> int:
+        """omega_i kappa_i, in units of 2^-32."""
+        return self.omega * self.penalty
+
 
 @dataclass(slots=True)
 class _Oracle:
@@ -207,30 +212,30 @@ class _Oracle:
 
     def _move(self, number: int, members: Mapping[str, Sequence[int]], steps: Sequence[_Step]) -> None:
         """The server's step: algorithm.md, section 4."""
-        z = self._published.z_hat + self._share(members, steps) * (self._center(steps) + self._correction(members))
+        R = sum(omega * penalty for omega, penalty in members.values())
+        move = self._center(steps) + self._correction(members, R)
+        z = self._published.z_hat + self._share(steps, R) * move
         project(z, self.sets)
         difference = (z - self._published.z_hat).astype(np.float32)
         self._published.advance(difference, self.federation.down, number)
 
-    def _share(self, members: Mapping[str, Sequence[int]], steps: Sequence[_Step]) -> float:
-        """Of the server's step: what the contributors have of R in "async" mode, all of it else."""
-        R = sum(omega * penalty for omega, penalty in members.values())
+    def _share(self, steps: Sequence[_Step], R: int) -> float:
+        """Of the step that z makes: all, or in "async" mode what the contributors have of R."""
         if self.federation.schedule.mode != "async" or R == 0:
             return 1.0
-        return min(1.0, sum(one.omega * one.penalty for one in steps) / R)
+        return min(1.0, sum(one.weight for one in steps) / R)
 
     def _center(self, steps: Sequence[_Step]) -> NDArray[np.float64]:
         method = self.federation.method
         if method.robust not in ("trimmed", "median"):
-            return _ratio([(one.omega, one.step) for one in steps], sum(one.omega * one.penalty for one in steps))
+            return _ratio([(one.omega, one.step) for one in steps], sum(one.weight for one in steps))
         if not any(one.factor for one in steps):  # measured only: the method had nothing to compare them with yet
             return np.zeros(self.start.size)
         differences = [(one.device, one.difference) for one in steps]
         return fuse(method, lambda: differences, [one.device for one in steps], self.start.size)
 
-    def _correction(self, members: Mapping[str, Sequence[int]]) -> NDArray[np.float64]:
+    def _correction(self, members: Mapping[str, Sequence[int]], R: int) -> NDArray[np.float64]:
         """H / R afresh over all members; nothing for the server "mean"."""
-        R = sum(omega * penalty for omega, penalty in members.values())
         if self.federation.method.server != "fresh" or R == 0:
             return np.zeros(self.start.size)
         return _ratio([(omega, self.duals[device]) for device, (omega, _) in members.items()], R)

@@ -22,17 +22,17 @@ takes events, lets those decide, and sends.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import msgspec
 
 from fedeq_edge.consensus.admm import Consensus, DualStore
+from fedeq_edge.consensus.fixed import WHOLE
 from fedeq_edge.errors import ContributionError, RemoteWireError, StateError, WireError
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
 from fedeq_edge.protocol.federation import Federation
-from fedeq_edge.protocol.intake import Intake, contribution
+from fedeq_edge.protocol.intake import FindBlob, Intake, contribution
 from fedeq_edge.protocol.publication import Publication
 from fedeq_edge.protocol.roster import Roster
 from fedeq_edge.protocol.rounds import Rounds
@@ -46,9 +46,6 @@ Subject = Literal["contribution", "report"]
 PATIENCE: Final = 20
 # The step of the consensus is one retained message for all where at least half the fleet works in every round.
 _BROADCAST_FRACTION: Final = 0.5
-
-FindBlob = Callable[[str, int], bytes | None]
-"""The stored contribution of (device, round), if it is still on disk."""
 
 
 @dataclass(slots=True)
@@ -426,9 +423,16 @@ class Aggregator:
     def _take_back(self, device: str) -> None:
         """What this device contributed since the last close does not count; the sums are exact, so no trace is left."""
         for _, number, _ in [entry for entry in self.state.accepted if entry[0] == device]:
-            blob = self.find_blob(device, number)
+            blob = self._blob_of(device, number)
             if blob is not None:
                 self._intake.take_back(device, blob)
+
+    def _blob_of(self, device: str, number: int) -> bytes | None:
+        """A contribution that counts in the open round, also where it is on its way to the disk."""
+        for action in self._actions:
+            if isinstance(action, Store) and (action.device, action.round) == (device, number):
+                return action.blob
+        return self.find_blob(device, number)
 
     def _drop_member(self, device: str) -> None:
         self.consensus.retire(device)
@@ -491,7 +495,8 @@ class Aggregator:
             self._send_task(device, now)
 
     def _close_round(self, now: float) -> None:
-        self._actions.append(Record(line=self._rounds.close(now)))
+        line = self._rounds.close(now, lambda: self._intake.differences(self._blob_of))
+        self._actions.append(Record(line=line))
         self._publish_step()
         if self.state.round >= self.federation.rounds:
             self._finish(now)
@@ -555,7 +560,7 @@ class Aggregator:
         subject: Subject,
         round_number: int,
         refusal: ContributionError | None = None,
-        factor: int = messages.WHOLE,
+        factor: int = WHOLE,
     ) -> None:
         verdict = messages.Verdict(
             run=self.state.run,

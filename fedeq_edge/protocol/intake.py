@@ -4,19 +4,23 @@ A device may be broken or hostile: every claim is compared with what the aggrega
 length, codec, penalty of the task) before the body is decoded, and nothing has changed where one does not hold.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from fedeq_edge.consensus.admm import Consensus
-from fedeq_edge.errors import ContributionError, RemoteWireError
+from fedeq_edge.consensus.fixed import WHOLE
+from fedeq_edge.errors import ContributionError, RemoteWireError, StateError
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.state import AggregatorState, dual_name
 from fedeq_edge.training.step import Vector
 from fedeq_edge.wire import chunks, coding, messages
 from fedeq_edge.wire.frame import FRAME_BYTES, HEADER_LIMIT_BYTES
 
+FindBlob = Callable[[str, int], bytes | None]
+"""The stored contribution of (device, round), if there still is one."""
 LARGEST_STEP: Final = 1e6  # of one parameter: a training that diverged
 
 
@@ -63,7 +67,7 @@ class Intake:
         message = contribution(received)
         member = self.state.members.get(device)
         if member is not None and message.run == self.state.run and message.round <= member.accepted_round:
-            return Taken(message, None, member.factor if message.round == member.accepted_round else messages.WHOLE)
+            return Taken(message, None, member.factor if message.round == member.accepted_round else WHOLE)
         kappa = self._check_claims(device, message)
         factor = self.consensus.accept(device, self._difference(device, received), kappa)
         self._remember(device, message, kappa, factor, blob)
@@ -78,6 +82,14 @@ class Intake:
         for table in (self.state.contributed, self.state.late):
             table.pop(device, None)
         self.state.accepted = [entry for entry in self.state.accepted if entry[:2] != (device, number)]
+
+    def differences(self, blob_of: FindBlob) -> Iterator[tuple[str, Vector]]:
+        """(device, difference) of what has been accepted since the last close, read again one after the other."""
+        for device, number, _ in self.state.accepted:
+            blob = blob_of(device, number)
+            if blob is None:
+                raise StateError(f"contribution of device {device} for round {number} is missing on the disk")
+            yield device, self._difference(device, messages.decode(blob))
 
     def _difference(self, device: str, received: messages.Received) -> Vector:
         message = contribution(received)

@@ -14,6 +14,7 @@ import msgspec
 
 from fedeq_edge.consensus import quality
 from fedeq_edge.consensus.admm import Consensus, RoundReport
+from fedeq_edge.consensus.robust import Contributions
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.publication import Publication
 from fedeq_edge.protocol.roster import Roster
@@ -144,11 +145,14 @@ class Rounds:
 
     # Closing
 
-    def close(self, now: float) -> Mapping[str, object]:
-        """The consensus has moved and no round is open; the line for the history."""
+    def close(self, now: float, contributions: Contributions) -> Mapping[str, object]:
+        """The consensus has moved and no round is open; the line for the history.
+
+        contributions: what was accepted since the last close, for methods that must see it all again.
+        """
         audit = self._audit() if self.federation.audit else {}
         relaxed = self.federation.schedule.mode == "async"
-        report = self.consensus.close_round(self._transmit, relaxed=relaxed)
+        report = self.consensus.close_round(self._transmit, contributions=contributions, relaxed=relaxed)
         self._move_quality()
         line = {**self._line(report, now), **audit}
         state = self.state

@@ -6,10 +6,10 @@ import struct
 import msgspec
 import numpy as np
 
-from fedeq_edge.consensus.fixed import FixedVector, fixed_penalty
+from fedeq_edge.consensus.fixed import WHOLE, FixedVector, fixed_penalty
 from fedeq_edge.training.step import Vector
 from fedeq_edge.wire.coding import Codec
-from fedeq_edge.wire.messages import WHOLE, Metrics, Status
+from fedeq_edge.wire.messages import Metrics, Status
 
 NOTHING = np.zeros(0, np.float32)
 NO_DUAL = np.zeros(0, np.int64)

@@ -8,13 +8,12 @@ from typing import Any
 import msgspec
 from numpy.typing import NDArray
 
-from fedeq_edge.consensus.fixed import fixed_penalty
+from fedeq_edge.consensus.fixed import WHOLE, fixed_penalty
 from fedeq_edge.protocol.state import AggregatorState
 from fedeq_edge.storage.contributions import FIRST, ContributionLog, Place, Record
 from fedeq_edge.storage.duals import DiskDuals, Dual
 from fedeq_edge.storage.files import load, save
 from fedeq_edge.storage.status import History, write_status
-from fedeq_edge.wire.messages import WHOLE
 
 
 class _Saved(msgspec.Struct, frozen=True, kw_only=True):

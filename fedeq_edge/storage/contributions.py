@@ -44,9 +44,9 @@ from typing import Final
 
 import msgspec
 
+from fedeq_edge.consensus.fixed import WHOLE
 from fedeq_edge.errors import StateError
 from fedeq_edge.storage.files import reading, write_atomically, writing
-from fedeq_edge.wire.messages import WHOLE
 
 log = logging.getLogger(__name__)
 

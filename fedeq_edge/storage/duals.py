@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from fedeq_edge.consensus.fixed import FixedVector, dual_step, fraction_bits, penalty_of
+from fedeq_edge.consensus.fixed import WHOLE, FixedVector, dual_step, fraction_bits, penalty_of
 from fedeq_edge.errors import RemoteWireError, StateError, WireError
 from fedeq_edge.storage.contributions import ContributionLog, Place, Record
 from fedeq_edge.storage.files import damaged, read_sealed, sealed, sync, writing
@@ -189,7 +189,7 @@ def _add_step(nu: FixedVector, record: Record) -> None:
         difference = coding.decode(message.codec, received.body, message.length)
     except WireError as error:
         raise StateError(f"stored contribution of device {record.device} is damaged ({error})") from error
-    kappa, scale = penalty_of(record.kappa), record.factor / messages.WHOLE
+    kappa, scale = penalty_of(record.kappa), record.factor / WHOLE
     for start in range(0, nu.size, _COLUMNS):
         part = slice(start, start + _COLUMNS)
         nu[part] += dual_step(difference[part].astype(np.float64) * scale, kappa, _BITS)

@@ -14,6 +14,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from fedeq_edge.consensus.fixed import WHOLE
 from fedeq_edge.deq.wellposed import Certificate
 from fedeq_edge.errors import RemoteWireError
 from fedeq_edge.wire import frame
@@ -29,7 +30,6 @@ Text = Annotated[str, msgspec.Meta(max_length=512)]
 RoundOrNone = Annotated[int, msgspec.Meta(ge=-1, le=2**53)]  # -1: none yet
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e10)]
 Percent = Annotated[float, msgspec.Meta(ge=0.0, le=100.0)]
-WHOLE: Final = 65536  # a contribution that counts as it is
 Evaluations = Annotated[int, msgspec.Meta(ge=0, le=10_000)]  # a solver budget; nobody affords more for one sample
 
 
@@ -168,7 +168,7 @@ class Verdict(Message, frozen=True, kw_only=True):
     """The aggregator has stored (accepted) or refused what a device sent. code and reason name a refusal.
 
     factor: the difference counts scaled by factor / 65536, and the dual moves by the same; less than whole where a
-    robust method has clipped it.
+    robust method has clipped it, 0 where it has only been measured.
     """
 
     run: Name
@@ -177,7 +177,7 @@ class Verdict(Message, frozen=True, kw_only=True):
     accepted: bool
     code: Name = ""
     reason: Text = ""
-    factor: Annotated[int, msgspec.Meta(ge=1, le=WHOLE)] = WHOLE
+    factor: Annotated[int, msgspec.Meta(ge=0, le=WHOLE)] = WHOLE
 
 
 class Model(Message, frozen=True, kw_only=True):

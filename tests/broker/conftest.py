@@ -31,9 +31,12 @@ class Authority:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "index.txt").touch()
-        (folder / "crlnumber").write_text("01\n")
-        (folder / "ca.cnf").write_text(
+
+    def found(self) -> None:
+        """Make everything; it takes two seconds, so a test gets a copy."""
+        (self.folder / "index.txt").touch()
+        (self.folder / "crlnumber").write_text("01\n")
+        (self.folder / "ca.cnf").write_text(
             "[ca]\ndefault_ca=own\n[own]\ndatabase=index.txt\ncrlnumber=crlnumber\ndefault_md=sha256\n"
             "default_crl_days=1\ncertificate=ca.crt\nprivate_key=ca.key\n"
         )
@@ -64,14 +67,19 @@ class Authority:
         subprocess.run(["openssl", *arguments], cwd=self.folder, check=True, capture_output=True)
 
 
-@pytest.fixture
-def authority(tmp_path: Path) -> Authority:
-    """Fresh, as a test may revoke what it has signed."""
+@pytest.fixture(scope="session")
+def _founded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed: apt-get install openssl")
-    folder = tmp_path / "fedeq"
-    folder.mkdir()
-    return Authority(folder)
+    folder = tmp_path_factory.mktemp("authority")
+    Authority(folder).found()
+    return folder
+
+
+@pytest.fixture
+def authority(_founded: Path, tmp_path: Path) -> Authority:
+    """One for each test, as a test may revoke what it has signed."""
+    return Authority(shutil.copytree(_founded, tmp_path / "fedeq"))
 
 
 class Mosquitto:

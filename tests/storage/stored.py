@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedeq_edge.consensus.fixed import FixedVector, dual_step
+from fedeq_edge.consensus.fixed import WHOLE, FixedVector, dual_step
 from fedeq_edge.wire import coding, messages
 
 KAPPA = 0.25
@@ -34,12 +34,12 @@ def blob_of(values: NDArray[np.float32], codec: str = "f32") -> bytes:
     return messages.encode(message, coding.encode(codec, values, random.Random(0)))
 
 
-def step_of(blob: bytes, kappa: float = KAPPA, factor: int = messages.WHOLE) -> FixedVector:
+def step_of(blob: bytes, kappa: float = KAPPA, factor: int = WHOLE) -> FixedVector:
     """What nu moves by when this contribution is accepted."""
     received = messages.decode(blob)
     assert isinstance(received.message, messages.Contribution)
     difference = coding.decode(received.message.codec, received.body, received.message.length)
-    return dual_step(difference.astype(np.float64) * (factor / messages.WHOLE), kappa, 32)
+    return dual_step(difference.astype(np.float64) * (factor / WHOLE), kappa, 32)
 
 
 class Disk:

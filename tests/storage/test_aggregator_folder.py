@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
+from fedeq_edge.consensus.fixed import WHOLE
 from fedeq_edge.errors import StateError
 from fedeq_edge.protocol.state import AggregatorState
 from fedeq_edge.storage import AggregatorFolder, audit_trail, contributions
-from fedeq_edge.wire.messages import WHOLE
 from tests.storage.stored import KAPPA, Disk, blob_of, step_of
 
 

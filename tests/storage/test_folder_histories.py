@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from numpy.typing import NDArray
 
-from fedeq_edge.consensus.fixed import FixedVector
+from fedeq_edge.consensus.fixed import WHOLE, FixedVector
 from fedeq_edge.protocol.state import AggregatorState
 from fedeq_edge.storage import AggregatorFolder, contributions, duals
-from fedeq_edge.wire.messages import WHOLE
 from tests.storage.stored import KAPPA, Disk, blob_of, step_of
 
 LENGTH = 3
