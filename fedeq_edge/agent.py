@@ -29,7 +29,18 @@ from fedeq_edge.errors import ConfigError, FedEqError, TransportError
 from fedeq_edge.hardware import reading
 from fedeq_edge.hardware.memory import give_back, peak_rss_bytes, rss_bytes
 from fedeq_edge.hardware.profiles import load_profile
-from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Note, Personalise, Publish, Save, Train
+from fedeq_edge.protocol.actions import (
+    ClientAction,
+    Configure,
+    Finished,
+    Keep,
+    Note,
+    Personalise,
+    Publish,
+    Save,
+    Settle,
+    Train,
+)
 from fedeq_edge.protocol.client import Client, Identity, Usage
 from fedeq_edge.settings import AgentSettings
 from fedeq_edge.storage.client import ClientFolder
@@ -188,6 +199,7 @@ class Agent:
             if self._trainer is not None:
                 self._trainer.end()
             self._transport.stop(self._farewell())
+            self._store.save(self._client.state)
             self._write_status()
             log.info("agent has left", extra={"device": self._settings.device})
 
@@ -296,8 +308,8 @@ class Agent:
         for action in actions:
             if isinstance(action, Publish):
                 self._publish(action)
-            elif isinstance(action, Save):
-                self._store.save(action.state)
+            elif isinstance(action, Save | Keep | Settle):
+                self._store.write(action)
             elif isinstance(action, Note):
                 log.info(action.event, extra=dict(action.facts))
             elif isinstance(action, Configure):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedeq_edge.protocol.state import AggregatorState, ClientState
+from fedeq_edge.protocol.state import AggregatorState, ClientState, Pending
 from fedeq_edge.training.step import LocalTask, Vector
 from fedeq_edge.wire.messages import Manifest
 
@@ -35,9 +35,25 @@ class Note:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
-    """Write the client's state to disk, atomically."""
+    """Write the client's whole state to disk, atomically."""
 
     state: ClientState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Write what has come of a round to disk, beside the state there: a contribution on its way, and the new head."""
+
+    pending: Pending
+    head: Vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settle:
+    """Note the verdict on the contribution on disk. It may be lost in a crash: it is said again to who asks again."""
+
+    accepted: bool
+    factor: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +86,7 @@ class Finished:
     """The federation is over for us."""
 
 
-ClientAction = Publish | Note | Save | Configure | Train | Personalise | Finished
+ClientAction = Publish | Note | Save | Keep | Settle | Configure | Train | Personalise | Finished
 
 
 # An aggregator's

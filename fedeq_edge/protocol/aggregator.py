@@ -38,7 +38,7 @@ from fedeq_edge.protocol.roster import Roster
 from fedeq_edge.protocol.rounds import Rounds
 from fedeq_edge.protocol.state import AggregatorState
 from fedeq_edge.protocol.transfers import RETRY_S, Downloads, Pieces, Uploads
-from fedeq_edge.wire import coding, messages
+from fedeq_edge.wire import chunks, coding, messages
 from fedeq_edge.wire.chunks import ENVELOPE_BYTES, PACKET_LIMIT_BYTES
 
 Subject = Literal["contribution", "report"]
@@ -103,7 +103,7 @@ class Aggregator:
         One that the snapshot holds already is left out. Raises StateError where the two do not fit.
         """
         try:
-            self._intake.take(device, messages.decode(blob), blob)
+            self._intake.take(device, messages.decode(blob), chunks.digest(blob))
         except RemoteWireError as error:
             raise StateError(f"journal: stored contribution of device {device} is damaged ({error})") from error
         except ContributionError as error:
@@ -373,7 +373,7 @@ class Aggregator:
         if blob is None:
             self._send(device, messages.ChunkAck(transfer=chunk.transfer, bitmap=bitmap))
         else:
-            self._take(device, blob)
+            self._take(device, blob, chunk.transfer)
             self._send_grants(now)
 
     def _send_grants(self, now: float) -> None:
@@ -402,11 +402,11 @@ class Aggregator:
 
     # Contributions
 
-    def _take(self, device: str, blob: bytes) -> None:
+    def _take(self, device: str, blob: bytes, transfer: bytes) -> None:
         received = messages.decode(blob)
         number = contribution(received).round
         try:
-            taken = self._intake.take(device, received, blob)
+            taken = self._intake.take(device, received, transfer)
         except ContributionError as error:
             if self._refuse(error.code, device, str(error)):
                 self._send_verdict(device, "contribution", number, error)

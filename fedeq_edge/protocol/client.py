@@ -21,15 +21,28 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from fedeq_edge.consensus.fixed import dual_step, dual_value, fraction_bits, scaled
+from fedeq_edge.consensus.fixed import WHOLE, dual_value
 from fedeq_edge.errors import LocalWireError, RemoteWireError, WireError
-from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Note, Personalise, Publish, Save, Train
-from fedeq_edge.protocol.state import ClientState, Pending, dual_name, vector_digest
+from fedeq_edge.protocol.actions import (
+    ClientAction,
+    Configure,
+    Finished,
+    Keep,
+    Note,
+    Personalise,
+    Publish,
+    Save,
+    Settle,
+    Train,
+)
+from fedeq_edge.protocol.state import ClientState, Pending, settled, vector_digest
 from fedeq_edge.training.step import LocalResult, LocalTask, Personal
 from fedeq_edge.wire import chunks, coding, messages
 from fedeq_edge.wire.topics import Topics
 
 RETRY_S: Final = 10.0  # an aggregator that answers at all does so within a second; slow links need a few per chunk
+# Contributions that a start decodes to have nu again; and the whole state is written once in as many rounds.
+SETTLED_A_SAVE: Final = 16
 MODEL_LIMIT_BYTES: Final = 64 * 2**20  # largest consensus a device takes: 16 million float32 parameters
 
 
@@ -77,6 +90,7 @@ class Client:
     _report: messages.Report | None = None
     _progress_at: float = 0.0
     _battery: float | None = None
+    _unfolded: int = 0  # verdicts since the state was written whole
     _actions: list[ClientAction] = field(default_factory=list)
 
     # Events
@@ -107,7 +121,9 @@ class Client:
         task, self._working = self._working, None
         if task is not None and task.run == self.state.run:
             try:
-                self._keep(pending=self._contribution(task, result, usage), head=result.head)
+                pending = self._contribution(task, result, usage)
+                self.state = msgspec.structs.replace(self.state, pending=pending, head=result.head)
+                self._actions.append(Keep(pending=pending, head=result.head))
             except LocalWireError as error:
                 self._decline(task, str(error))
         self._advance(now)
@@ -208,7 +224,7 @@ class Client:
         self._task = self._report = self._outgoing = None
         self._stop_fetching()
         if self.state.pending is not None:
-            self._keep(pending=None)
+            self._settled(accepted=False)
 
     def _begin(self, run: str) -> None:
         """Another federation than the one we remember: start it with nothing."""
@@ -275,7 +291,8 @@ class Client:
             raise RemoteWireError("decoded consensus has another digest than its message names")
         self._wants_whole = False
         nu = self.state.nu if self.state.nu.size == z.size else np.zeros(z.size, np.int64)
-        self._keep(z=z, base=model.model, nu=nu)
+        # Not saved: after a crash we ask for it again, which costs less than writing it in every round.
+        self.state = msgspec.structs.replace(self.state, z=z, base=model.model, nu=nu)
 
     def _on_ack(self, ack: messages.ChunkAck, now: float) -> None:
         if self._outgoing is not None and ack.transfer == self._outgoing.name:
@@ -302,19 +319,11 @@ class Client:
             self.refusals[verdict.code] += 1
             self.last_refusal = verdict.reason
             self._note("contribution refused", round=pending.round, code=verdict.code, reason=verdict.reason)
-            self._keep(pending=None)
+            self._settled(accepted=False)
             if self._task is not None and self._task.round == pending.round:
                 self._decline(self._task, verdict.reason)  # the same work would be refused again
             return
-        difference = coding.decode(pending.codec, pending.body, self.state.nu.size)
-        step = dual_step(scaled(difference, verdict.factor), pending.kappa, fraction_bits(np.float32))
-        name = dual_name(self.state.dual, pending.round, pending.kappa, verdict.factor, chunks.digest(pending.blob))
-        self._keep(
-            pending=None,
-            nu=self.state.nu + step,
-            dual=name,
-            accepted_round=max(pending.round, self.state.accepted_round),
-        )
+        self._settled(accepted=True, factor=verdict.factor)
 
     # Work
 
@@ -395,7 +404,7 @@ class Client:
             length=result.difference.size,
             metrics=_metrics(result, usage, self.link.repeated_bytes),
         )
-        return Pending(round=task.round, kappa=task.kappa, codec=codec, body=body, blob=messages.encode(message, body))
+        return Pending(round=task.round, kappa=task.kappa, blob=messages.encode(message, body))
 
     def _seed(self, round_number: int) -> int:
         """The same for a repeated round, another for every device, round and federation."""
@@ -463,7 +472,17 @@ class Client:
         topic = self.topics.up(self.identity.device)
         self._actions.append(Publish(topic=topic, payload=messages.encode(message, body)))
 
+    def _settled(self, *, accepted: bool, factor: int = WHOLE) -> None:
+        """The pending contribution is, on the disk by a word; now and then the whole state is written instead."""
+        self.state = settled(self.state, accepted=accepted, factor=factor)
+        self._unfolded += 1
+        if self._unfolded >= SETTLED_A_SAVE:
+            self._keep()
+        else:
+            self._actions.append(Settle(accepted=accepted, factor=factor))
+
     def _keep(self, **changes: object) -> None:
+        self._unfolded = 0
         self.state = msgspec.structs.replace(self.state, **changes)
         self._actions.append(Save(state=self.state))
 

@@ -16,7 +16,7 @@ from fedeq_edge.errors import ContributionError, RemoteWireError, StateError
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.state import AggregatorState, dual_name
 from fedeq_edge.training.step import Vector
-from fedeq_edge.wire import chunks, coding, messages
+from fedeq_edge.wire import coding, messages
 from fedeq_edge.wire.frame import FRAME_BYTES, HEADER_LIMIT_BYTES
 
 FindBlob = Callable[[str, int], bytes | None]
@@ -59,8 +59,8 @@ class Intake:
         """The first of the federation's codecs that this device speaks, None without one."""
         return coding.choose(self.federation.up, birth.codecs)
 
-    def take(self, device: str, received: messages.Received, blob: bytes) -> Taken:
-        """The contribution in `blob`, `received` when decoded, counts from here on, or has before.
+    def take(self, device: str, received: messages.Received, transfer: bytes) -> Taken:
+        """The contribution that was `received` counts from here on, or has before. transfer: sha256 of its blob.
 
         Raises ContributionError where it is refused.
         """
@@ -70,7 +70,7 @@ class Intake:
             return Taken(message, None, member.factor if message.round == member.accepted_round else WHOLE)
         kappa = self._check_claims(device, message)
         factor = self.consensus.accept(device, self._difference(device, received), kappa)
-        self._remember(device, message, kappa, factor, blob)
+        self._remember(device, message, kappa, factor, transfer)
         return Taken(message, kappa, factor)
 
     def take_back(self, device: str, blob: bytes) -> None:
@@ -104,9 +104,11 @@ class Intake:
             )
         return difference
 
-    def _remember(self, device: str, message: messages.Contribution, kappa: float, factor: int, blob: bytes) -> None:
+    def _remember(
+        self, device: str, message: messages.Contribution, kappa: float, factor: int, transfer: bytes
+    ) -> None:
         member = self.state.members[device]
-        member.accepted_round, member.transfer, member.factor = message.round, chunks.digest(blob), factor
+        member.accepted_round, member.transfer, member.factor = message.round, transfer, factor
         if self.federation.method.server == "fresh":
             member.dual = dual_name(member.dual, message.round, kappa, factor, member.transfer)
         current = self.state.open and message.round == self.state.round

@@ -6,9 +6,9 @@ import struct
 import msgspec
 import numpy as np
 
-from fedeq_edge.consensus.fixed import WHOLE, FixedVector, fixed_penalty
+from fedeq_edge.consensus.fixed import WHOLE, FixedVector, dual_step, fixed_penalty, fraction_bits, scaled
 from fedeq_edge.training.step import Vector
-from fedeq_edge.wire.coding import Codec
+from fedeq_edge.wire import chunks, coding, messages
 from fedeq_edge.wire.messages import Metrics, Status
 
 NOTHING = np.zeros(0, np.float32)
@@ -33,13 +33,11 @@ def dual_name(before: bytes, round_number: int, kappa: float, factor: int, contr
 class Pending(msgspec.Struct, frozen=True, kw_only=True):
     """A contribution on its way: kept until the aggregator's verdict. blob: the encoded message, sent as it is.
 
-    body: the coded difference, which moves nu by kappa times what it decodes to once it is accepted.
+    Once it is accepted nu moves by kappa times the difference in it.
     """
 
     round: int
     kappa: float
-    codec: Codec
-    body: bytes
     blob: bytes
 
 
@@ -58,6 +56,24 @@ class ClientState(msgspec.Struct, frozen=True, kw_only=True):
     dual: bytes = b""
     head: Vector = msgspec.field(default_factory=lambda: NOTHING)
     pending: Pending | None = None
+
+
+def settled(state: ClientState, *, accepted: bool, factor: int) -> ClientState:
+    """The state after the verdict on its pending contribution: nu has moved as the aggregator's did, if it counts."""
+    pending = state.pending
+    if pending is None or not accepted:
+        return msgspec.structs.replace(state, pending=None)
+    received = messages.decode(pending.blob)
+    assert isinstance(received.message, messages.Contribution)
+    difference = coding.decode(received.message.codec, received.body, received.message.length)
+    step = dual_step(scaled(difference, factor), pending.kappa, fraction_bits(np.float32))
+    return msgspec.structs.replace(
+        state,
+        pending=None,
+        nu=state.nu + step if state.nu.size else step,
+        dual=dual_name(state.dual, pending.round, pending.kappa, factor, chunks.digest(pending.blob)),
+        accepted_round=max(pending.round, state.accepted_round),
+    )
 
 
 class MemberState(msgspec.Struct, kw_only=True):

@@ -130,10 +130,20 @@ class _Session:
     packet_limit: int | None = None
     waiting: deque[tuple[str, bytes, bool]] = field(default_factory=deque)
     in_flight: int = 0  # packets that the broker has not acknowledged
+    carried: int = 0  # packets that it has
+    dismissed: bool = False  # the broker has ended it, and said why
 
     @property
     def sendable(self) -> bool:
         return bool(self.waiting) and self.in_flight < WINDOW
+
+    @property
+    def useful(self) -> bool:
+        """Whether it ended with a link that breaks and has carried more than our birth: then soon try again.
+
+        One that the broker itself has ended would be ended again, and two clients with one id would chase each other.
+        """
+        return self.carried > 1 and not self.dismissed
 
     @property
     def idle(self) -> bool:
@@ -218,7 +228,7 @@ class MqttTransport:
             if session.subscribed:
                 since = time.monotonic()
                 self._serve(session)
-                if time.monotonic() - since >= _SETTLED_S:
+                if session.useful or time.monotonic() - since >= _SETTLED_S:
                     bound = _BACKOFF_FIRST_S
             session.client.disconnect()
             session.client.loop_stop()
@@ -325,6 +335,7 @@ class MqttTransport:
                 log.error("the broker refused a message", extra={"reason": str(code), "client": self._client_id})
             with self._changed:
                 session.in_flight -= 1
+                session.carried += 1
                 self._changed.notify_all()
 
         def on_message(_c: paho.Client, _u: object, message: paho.MQTTMessage) -> None:
@@ -336,7 +347,11 @@ class MqttTransport:
             if any(matches(pattern, message.topic) for pattern in self._subscriptions):
                 self._on_event(Arrived(message.topic, payload))
 
-        def on_disconnect(_c: paho.Client, _u: object, _f: object, code: ReasonCode, _p: object) -> None:
+        def on_disconnect(
+            _c: paho.Client, _u: object, flags: paho.DisconnectFlags, code: ReasonCode, _p: object
+        ) -> None:
+            with self._changed:
+                session.dismissed = flags.is_disconnect_packet_from_server
             self._end(session, f"closed the connection: {code}")
 
         client.on_connect = on_connect

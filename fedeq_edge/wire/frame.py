@@ -6,14 +6,15 @@
     5       1     flags, zero
     6       2     header length, bytes (little endian, like all numbers here)
     8       4     body length, bytes
-    12      4     CRC-32 of everything else
+    12      4     CRC-32 of the frame before it and of the header
     16      ...   header (CBOR map), then body (raw tensor bytes)
 
 Theory of operation. A payload comes from a device that may be broken or hostile, so every length is checked against
 the bytes at hand and against a limit *before* anything is parsed or allocated: header at most 8 kB, CBOR nesting at
 most 8, definite lengths only, no tags (they make regular expressions, cycles and numbers of 8 kB). Never pickle.
-TLS and sha256 (wire/chunks.py) protect content; the CRC only tells a truncated or overwritten payload from a protocol
-error, so that the refusal can name the right one.
+The CRC only tells a damaged header from a protocol error, so that the refusal can name the right one. A body is part
+of a blob whose sha256 its transfer is named by, or leads to a consensus whose sha256 the header names; a CRC of it as
+well would cost as much as all else that is done with it.
 """
 
 import struct
@@ -47,7 +48,7 @@ def pack(kind: int, header: dict[str, object], body: bytes | memoryview = b"") -
             f"message header has {len(encoded)} bytes, at most {HEADER_LIMIT_BYTES}; shorten model.shift, model.scale"
         )
     fixed = _FIXED.pack(MAGIC, kind, 0, len(encoded), len(body))
-    checksum = zlib.crc32(body, zlib.crc32(encoded, zlib.crc32(fixed)))
+    checksum = zlib.crc32(encoded, zlib.crc32(fixed))
     return b"".join((fixed, _CHECKSUM.pack(checksum), encoded, body))
 
 
@@ -64,7 +65,10 @@ def unpack(payload: bytes) -> tuple[int, object, memoryview]:
         claimed = FRAME_BYTES + header_bytes + body_bytes
         raise RemoteWireError(f"frame claims {claimed} bytes but the payload has {len(payload)}")
     rest = memoryview(payload)[FRAME_BYTES:]
-    if zlib.crc32(rest, zlib.crc32(payload[: _FIXED.size])) != _CHECKSUM.unpack_from(payload, _FIXED.size)[0]:
+    if (
+        zlib.crc32(rest[:header_bytes], zlib.crc32(payload[: _FIXED.size]))
+        != _CHECKSUM.unpack_from(payload, _FIXED.size)[0]
+    ):
         raise RemoteWireError("checksum differs: the payload was damaged on its way")
     return kind, _parse_header(bytes(rest[:header_bytes])), rest[header_bytes:]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedeq_edge.protocol.actions import ClientAction, Finished, Personalise, Publish, Save, Train
+from fedeq_edge.protocol.actions import ClientAction, Finished, Keep, Personalise, Publish, Save, Settle, Train
 from fedeq_edge.protocol.client import Client, Identity, Usage
 from fedeq_edge.storage.client import ClientFolder
 from fedeq_edge.training.step import Budget, LocalResult, LocalTask, Vector
@@ -88,8 +88,8 @@ class Link:
         for action in actions:
             if isinstance(action, Publish):
                 self._transport.publish(action.topic, action.payload, retain=action.retain)
-            elif isinstance(action, Save):
-                self._folder.save(action.state)
+            elif isinstance(action, Save | Keep | Settle):
+                self._folder.write(action)
             elif isinstance(action, Train):
                 self._asked(action.task.round + 1)
                 self._carry_out(self.machine.trained(trained(action.task), Usage(), time.monotonic()))

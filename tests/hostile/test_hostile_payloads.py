@@ -106,8 +106,11 @@ def test_a_blob_with_the_right_digest_and_the_wrong_content_is_refused(maker: Ma
     fleet = midway()
     message, body = contribution(fleet, "d0", np.full(12, 0.5, np.float32))
     before = fleet.aggregator.consensus.snapshot()
-    for blob in maker(messages.encode(message, body)):
-        if 0 < len(blob) < 8000:
+    sound = messages.encode(message, body)
+    head = sound[: -len(body)]
+    for blob in maker(sound):
+        other_numbers = len(blob) == len(sound) and blob.startswith(head)  # nothing is wrong with those
+        if 0 < len(blob) < 8000 and not other_numbers:
             chunk = messages.Chunk(transfer=digest(blob), index=0, size=len(blob))
             fleet.feed("d0", messages.encode(chunk, blob))
     np.testing.assert_equal(fleet.aggregator.consensus.snapshot(), before)

@@ -24,11 +24,13 @@ from fedeq_edge.protocol.actions import (
     AggregatorAction,
     ClientAction,
     Configure,
+    Keep,
     Note,
     Personalise,
     Publish,
     Record,
     Save,
+    Settle,
     Snapshot,
     Store,
     Train,
@@ -38,7 +40,7 @@ from fedeq_edge.protocol.aggregator import Aggregator, new_state
 from fedeq_edge.protocol.client import Client, Identity, Usage
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.schedule import Schedule
-from fedeq_edge.protocol.state import AggregatorState, ClientState
+from fedeq_edge.protocol.state import AggregatorState, ClientState, settled
 from fedeq_edge.storage import AggregatorFolder, ClientFolder
 from fedeq_edge.training.step import Budget, LocalResult, LocalTask, Personal
 from fedeq_edge.transport.base import Arrived, Connected, Event, Will
@@ -114,8 +116,8 @@ class Device:
 
     def __init__(self, fleet: "Fleet", index: int, folder: Path | None) -> None:
         self.name, self._fleet, self._index = f"d{index}", fleet, index
-        self._disk = ClientFolder(folder) if folder else None
-        self._memory = structs.pack(ClientState())
+        self._folder = folder
+        self._kept = ClientState()
         self._boots = count()
         self.samples = fleet.problem.samples[index]
         self.notes: list[Note] = []
@@ -127,7 +129,9 @@ class Device:
 
     def start(self) -> None:
         """Start with what is on the disk."""
-        state = self._disk.load() if self._disk else structs.unpack(self._memory, ClientState)
+        folder = self._folder
+        self._disk = ClientFolder(folder) if folder else None
+        state = self._disk.load() if self._disk else structs.unpack(structs.pack(self._kept), ClientState)
         identity = Identity(device=self.name, boot=f"boot{next(self._boots)}", samples=self.samples)
         self.work: Train | Personalise | None = None
         self.client = Client(identity, TOPICS, state, codecs=self.codecs)
@@ -153,7 +157,17 @@ class Device:
     def save(self, state: ClientState) -> None:
         if self._disk:
             self._disk.save(state)
-        self._memory = structs.pack(state)
+        self._kept = state
+
+    def _write(self, action: Save | Keep | Settle) -> None:
+        if self._disk:
+            self._disk.write(action)
+        elif isinstance(action, Save):
+            self._kept = action.state
+        elif isinstance(action, Keep):
+            self._kept = msgspec.structs.replace(self._kept, pending=action.pending, head=action.head)
+        else:
+            self._kept = settled(self._kept, accepted=action.accepted, factor=action.factor)
 
     def tick(self) -> None:
         self.carry_out(self.client.tick(self._fleet.now))
@@ -176,8 +190,8 @@ class Device:
         for action in actions:
             if isinstance(action, Publish):
                 self.transport.publish(action.topic, action.payload, retain=action.retain)
-            elif isinstance(action, Save):
-                self.save(action.state)
+            elif isinstance(action, Save | Keep | Settle):
+                self._write(action)
             elif isinstance(action, Train | Personalise):
                 assert self.work is None, "one thing at a time"
                 self.work = action

@@ -254,10 +254,10 @@ def models_sent(fleet: Fleet, device: str) -> list[messages.Model]:
 def test_the_step_is_told_once_for_all_and_the_whole_to_whom_it_does_not_help() -> None:
     fleet = Fleet(FOUR, rounds=16, codec="int8", schedule=Schedule(min_devices=4, deadline_s=30.0))
     fleet.run_to_round(2)
-    fleet.devices["d3"].crash()
+    fleet.devices["d3"].transport.cut()
     fleet.run_to_round(13)  # so many steps are longer than the whole
     fleet.sent.clear()
-    fleet.devices["d3"].start()
+    fleet.devices["d3"].transport.restore()
     fleet.run()
     assert [model.codec for model in models_sent(fleet, "d3")] == ["f32"]
     assert not models_sent(fleet, "d0")

@@ -1,5 +1,6 @@
 """Aggregators and agents are killed at the worst moments, alone and together: cases 9 and 10."""
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -110,7 +111,7 @@ def test_an_agent_whose_disk_is_lost_begins_anew_and_its_old_dual_leaves_the_sum
     fleet.hold("b")
     fleet.until_only("b")
     fleet.kill("a")  # it has contributed to the open round
-    (fleet.folder / "a" / "state" / "client.state").unlink()
+    shutil.rmtree(fleet.folder / "a" / "state")
     fleet.start("a")
     fleet.release("b")
     assert fleet.finish().starts == 4
