@@ -404,7 +404,8 @@ class Client:
             length=result.difference.size,
             metrics=_metrics(result, usage, self.link.repeated_bytes),
         )
-        return Pending(round=task.round, kappa=task.kappa, blob=messages.encode(message, body))
+        blob = messages.encode(message, body)
+        return Pending(round=task.round, kappa=task.kappa, blob=blob, transfer=chunks.digest(blob))
 
     def _seed(self, round_number: int) -> int:
         """The same for a repeated round, another for every device, round and federation."""
@@ -438,7 +439,7 @@ class Client:
 
     def _send_pending(self, now: float) -> None:
         assert self.state.pending is not None
-        self._outgoing = chunks.Outgoing(self.state.pending.blob, self.link)
+        self._outgoing = chunks.Outgoing(self.state.pending.blob, self.link, self.state.pending.transfer)
         self._offer(now)
 
     def _offer(self, now: float) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedeq_edge.consensus.fixed import WHOLE, FixedVector, dual_step, fixed_penalty, fraction_bits, scaled
 from fedeq_edge.training.step import Vector
-from fedeq_edge.wire import chunks, coding, messages
+from fedeq_edge.wire import coding, messages
 from fedeq_edge.wire.messages import Metrics, Status
 
 NOTHING = np.zeros(0, np.float32)
@@ -33,12 +33,13 @@ def dual_name(before: bytes, round_number: int, kappa: float, factor: int, contr
 class Pending(msgspec.Struct, frozen=True, kw_only=True):
     """A contribution on its way: kept until the aggregator's verdict. blob: the encoded message, sent as it is.
 
-    Once it is accepted nu moves by kappa times the difference in it.
+    transfer: sha256 of the blob. Once it is accepted nu moves by kappa times the difference in it.
     """
 
     round: int
     kappa: float
     blob: bytes
+    transfer: bytes
 
 
 class ClientState(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +72,7 @@ def settled(state: ClientState, *, accepted: bool, factor: int) -> ClientState:
         state,
         pending=None,
         nu=state.nu + step if state.nu.size else step,
-        dual=dual_name(state.dual, pending.round, pending.kappa, factor, chunks.digest(pending.blob)),
+        dual=dual_name(state.dual, pending.round, pending.kappa, factor, pending.transfer),
         accepted_round=max(pending.round, state.accepted_round),
     )
 

@@ -36,6 +36,7 @@ class _Saved(msgspec.Struct, frozen=True, kw_only=True):
 class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     head: Vector
     blob: bytes
+    transfer: bytes
 
 
 class ClientFolder:
@@ -72,7 +73,7 @@ class ClientFolder:
 
     def keep(self, pending: Pending, head: Vector) -> None:
         """The contribution and the head are on the disk."""
-        blob = structs.pack(_Kept(head=head, blob=pending.blob))
+        blob = structs.pack(_Kept(head=head, blob=pending.blob, transfer=pending.transfer))
         self._log.append(Record(device=_PENDING, round=pending.round, kappa=fixed_penalty(pending.kappa), blob=blob))
         self._log.commit()
 
@@ -89,5 +90,5 @@ def _moved(state: ClientState, record: Record) -> ClientState:
         kept = structs.unpack(record.blob, _Kept)
     except (msgspec.ValidationError, ValueError) as error:
         raise StateError(f"outbox: the contribution for round {record.round} is damaged ({error})") from error
-    pending = Pending(round=record.round, kappa=penalty_of(record.kappa), blob=kept.blob)
+    pending = Pending(round=record.round, kappa=penalty_of(record.kappa), blob=kept.blob, transfer=kept.transfer)
     return msgspec.structs.replace(state, pending=pending, head=kept.head)

@@ -25,9 +25,9 @@ Kind = Literal["external", "mosquitto", "amqtt"]
 
 _START_S: Final = 15.0
 _STOP_S: Final = 5.0
-# mosquitto 2.1 refuses packets over 2,000,000 bytes by default, 2.0 has no limit; chunks stay below 64 kB, so a
-# quarter of a megabyte is ample and bounds what a hostile client can make the broker hold.
-MAX_PACKET_BYTES: Final = 262_144
+# mosquitto 2.1 refuses packets over 2,000,000 bytes by default, 2.0 has no limit. A step of 262,000 float32 parameters
+# still goes out as one message, and it bounds what a hostile client can make the broker hold.
+MAX_PACKET_BYTES: Final = 1_048_576
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

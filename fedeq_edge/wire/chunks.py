@@ -101,14 +101,14 @@ class Outgoing:
 
     blob: bytes
     link: Link
-    name: bytes = field(init=False)
+    name: bytes = b""  # its sha256, if that is known already
     _all: int = field(init=False)
     _held: int = 0
     _sent: int = 0
     _flying: list[_Run] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.name = digest(self.blob)
+        self.name = self.name or digest(self.blob)
         self._all = (1 << block_count(len(self.blob))) - 1
 
     @property

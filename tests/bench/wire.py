@@ -82,7 +82,7 @@ class Run:
 
 
 class Place:
-    """A temporary folder, a mosquitto without limits, and the processes that are started beside it."""
+    """A temporary folder, a mosquitto, and the processes that are started beside it."""
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.folder = folder
@@ -91,7 +91,9 @@ class Place:
         self._log = stack.enter_context((folder / "log").open("wb"))
         config = folder / "mosquitto.conf"
         config.write_text(
+            # packets as in broker/mosquitto.conf; nothing is dropped from a queue, or bare paho would lose messages
             f"listener {self.port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\nmax_queued_messages 0\n"
+            f"max_packet_size {broker.MAX_PACKET_BYTES}\n"
         )
         self.broker = self.start([str(broker.mosquitto_path()), "-c", str(config)])
         raw.wait_until_it_listens(self.port)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from fedeq_edge.protocol.actions import ClientAction, Finished, Personalise, Publish, Save, Train
+from fedeq_edge.protocol.actions import ClientAction, Finished, Personalise, Publish, Train
 from fedeq_edge.protocol.client import Client, Identity, Usage
 from fedeq_edge.protocol.state import ClientState
 from fedeq_edge.training.step import LocalResult, LocalTask
@@ -22,7 +22,7 @@ _TICK_S = 1.0
 
 
 class _Device(asyncio.Protocol):
-    """One connection and its machine; a training takes no time."""
+    """One connection and its machine; a training takes no time, and nothing is kept on disk."""
 
     def __init__(self, name: str, topics: Topics) -> None:
         self.name, self._topics = name, topics
@@ -56,8 +56,6 @@ class _Device(asyncio.Protocol):
                 self.carry_out(self.machine.failed("no model here", time.monotonic()))
             elif isinstance(action, Finished):
                 self.finished = True
-            else:
-                assert not isinstance(action, Save) or action.state is not None
 
     def _result(self, task: LocalTask) -> LocalResult:
         return result_of(task, difference(self.name, task))

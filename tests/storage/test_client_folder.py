@@ -12,7 +12,7 @@ from fedeq_edge.consensus.fixed import WHOLE
 from fedeq_edge.errors import StateError
 from fedeq_edge.protocol.state import ClientState, Pending, settled
 from fedeq_edge.storage import ClientFolder
-from fedeq_edge.wire import coding, messages
+from fedeq_edge.wire import chunks, coding, messages
 from tests.protocol.fleet import METRICS
 
 SIZE = 70
@@ -25,7 +25,8 @@ def pending(number: int) -> Pending:
     message = messages.Contribution(
         run="r", round=number, boot="b", base=bytes(32), samples=5, codec="int8", length=SIZE, metrics=METRICS
     )
-    return Pending(round=number, kappa=0.5, blob=messages.encode(message, coding.encode("int8", difference)))
+    blob = messages.encode(message, coding.encode("int8", difference))
+    return Pending(round=number, kappa=0.5, blob=blob, transfer=chunks.digest(blob))
 
 
 def head(number: int) -> np.ndarray:

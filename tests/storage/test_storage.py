@@ -23,7 +23,7 @@ STATE = ClientState(
     nu=np.full(5, -(2**40), np.int64),
     dual=b"name",
     head=np.zeros(0, np.float32),
-    pending=Pending(round=4, kappa=0.1, blob=b"blob"),
+    pending=Pending(round=4, kappa=0.1, blob=b"blob", transfer=b"name"),
 )
 
 
