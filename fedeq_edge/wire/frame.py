@@ -33,11 +33,20 @@ _NESTING_LIMIT: Final = 8  # a manifest nests three deep
 _FIXED = struct.Struct("<4sBBHI")
 _CHECKSUM = struct.Struct("<I")
 FRAME_BYTES: Final = _FIXED.size + _CHECKSUM.size
-# RFC 8949, section 3: three bits of major type, then five that are the argument or say how many bytes of it follow
-_TAG: Final = 6
-_STRINGS: Final = (2, 3)
-_ITEMS_HELD: Final = {4: 1, 5: 2}  # an array of n holds n items, a map of n pairs 2n
-_ARGUMENT_BYTES: Final = {24: 1, 25: 2, 26: 4, 27: 8}
+_TAG: Final = -1
+
+
+def _first_byte(byte: int) -> tuple[int, int, int, bool]:
+    """(items held per argument, argument, bytes of argument that follow, whether it is a string) of an item.
+
+    RFC 8949, section 3: three bits of major type, then five that are the argument or say how many bytes of it follow.
+    An array of n holds n items, a map of n pairs 2n.
+    """
+    major, info = byte >> 5, byte & 31
+    return {4: 1, 5: 2, 6: _TAG}.get(major, 0), info, {24: 1, 25: 2, 26: 4, 27: 8}.get(info, 0), major in (2, 3)
+
+
+_FIRST_BYTES: Final = tuple(_first_byte(byte) for byte in range(256))
 
 
 def pack(kind: int, header: dict[str, object], body: bytes | memoryview = b"") -> bytes:
@@ -92,14 +101,17 @@ def _check_items(encoded: bytes) -> None:
 
     Raises RemoteWireError. Lengths that are indefinite or beyond the end are left for cbor2 to refuse.
     """
-    position, expected = 0, 1
-    while expected and position < len(encoded):
-        major, info = encoded[position] >> 5, encoded[position] & 31
-        if major == _TAG:
+    position, expected, length = 0, 1, len(encoded)
+    while expected and position < length:
+        held, argument, follow, string = _FIRST_BYTES[encoded[position]]
+        if held == _TAG:
             raise RemoteWireError(f"header has a CBOR tag at byte {position}; this protocol uses none")
-        follow = _ARGUMENT_BYTES.get(info, 0)
-        argument = int.from_bytes(encoded[position + 1 : position + 1 + follow], "big") if follow else info
-        position += 1 + follow + (argument if major in _STRINGS else 0)
-        expected += _ITEMS_HELD.get(major, 0) * argument - 1
+        position += 1
+        if follow:
+            argument = int.from_bytes(encoded[position : position + follow], "big")
+            position += follow
+        if string:
+            position += argument
+        expected += held * argument - 1
     if position < len(encoded):
         raise RemoteWireError(f"header has {len(encoded)} bytes but its CBOR ends at byte {position}")
