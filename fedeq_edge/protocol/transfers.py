@@ -14,7 +14,7 @@ from fedeq_edge.wire import chunks, messages
 RETRY_S: Final = 10.0  # a transfer that nobody has acknowledged for so long is begun again
 IDLE_S: Final = 60.0  # six retries of the device: one that has not moved since gives its turn to those who wait
 AWAY_S: Final = 600.0  # what nobody waits for is kept for a device that loses its connection and comes back
-TOTAL_BYTES: Final = 8 * 2**20  # 20 uploads of 100,000 float32 values at a time: more would only wait in line
+TOTAL_BYTES: Final = 4 * 2**20  # ten uploads of 100,000 float32 values at a time: more would only wait in line
 _WINDOW_BYTES: Final = chunks.WINDOW_BLOCKS * chunks.BLOCK_BYTES
 
 Pieces = list[tuple[messages.Chunk, bytes]]
