@@ -1,21 +1,17 @@
 """Real parts that several test folders share: a mosquitto that can be killed, and a TCP proxy with faults."""
 
-import asyncio
 import contextlib
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
 
 import pytest
 
 from fedeq_edge.transport import broker as ladder
+from fedeq_edge.transport.faults import Conditions, Direction, FaultProxy, Packet
 
-T = TypeVar("T")
 PATIENCE_S = 30.0  # for what takes milliseconds on a machine that does nothing else
 PUBLISH, PUBACK = 3, 4
 
@@ -104,126 +100,30 @@ def make_mosquitto(_mosquitto_installed: None, tmp_path: Path) -> Iterator[MakeM
         yield make
 
 
-@dataclass(frozen=True, slots=True)
-class Packet:
-    """An MQTT packet that passed the proxy. kind: its control packet type; size: all of its bytes."""
-
-    direction: Literal["up", "down"]
-    kind: int
-    size: int
-
-
-@dataclass(slots=True)
-class _Splitter:
-    """Finds the packets in one direction's stream of bytes."""
-
-    direction: Literal["up", "down"]
-    pending: bytearray = field(default_factory=bytearray)
-
-    def feed(self, chunk: bytes) -> list[Packet]:
-        self.pending += chunk
-        found = []
-        while (size := self._size()) is not None:
-            found.append(Packet(self.direction, self.pending[0] >> 4, size))
-            del self.pending[:size]
-        return found
-
-    def _size(self) -> int | None:
-        remaining = 0
-        for position, byte in enumerate(self.pending[1:5]):
-            remaining |= (byte & 0x7F) << (7 * position)
-            if not byte & 0x80:
-                size = 2 + position + remaining
-                return size if len(self.pending) >= size else None
-        return None
-
-
-class FaultProxy:
-    """A TCP proxy before a broker that sees every MQTT packet, and can cut or stall all connections."""
+class WatchedProxy(FaultProxy):
+    """A proxy before a broker that remembers every MQTT packet in the order in which they went in."""
 
     def __init__(self, target: int) -> None:
-        self._target = target
-        self.packets: list[Packet] = []
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._flowing = asyncio.Event()
-        self._flowing.set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy")
-        self._thread.start()
-        self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        super().__init__(target)
+        self.seen: list[Packet] = []
+        self.conditions = Conditions(tamper=self._watch)
 
-    @property
-    def url(self) -> str:
-        return f"mqtt://127.0.0.1:{self.port}"
+    def _watch(self, packet: Packet) -> Sequence[Packet]:
+        self.seen.append(packet)
+        return (packet,)
 
-    def cut(self) -> None:
-        """Every connection is reset on both sides; new ones are welcome."""
-        self._run(self._abort())
+    def bytes(self, direction: Direction, *kinds: int) -> int:
+        """Bytes of the packets of these kinds."""
+        return sum(len(one.raw) for one in self.seen if one.direction == direction and one.kind in kinds)
 
-    def stall(self) -> None:
-        """Connections stay open and nothing passes any more: a black hole."""
-        self._loop.call_soon_threadsafe(self._flowing.clear)
-
-    def bytes(self, direction: Literal["up", "down"], *kinds: int) -> int:
-        """Bytes of the packets of these kinds that have passed."""
-        return sum(packet.size for packet in self.packets if packet.direction == direction and packet.kind in kinds)
-
-    def wait_for(self, direction: Literal["up", "down"], kind: int, count: int) -> None:
-        """So many packets of this kind have passed."""
-        until(
-            lambda: sum((packet.direction, packet.kind) == (direction, kind) for packet in self.packets) >= count,
-            f"{count} packets of type {kind} {direction}",
-        )
-
-    def stop(self) -> None:
-        self._run(self._finish())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE_S)
-
-    async def _abort(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _finish(self) -> None:
-        self._server.close()
-        self._flowing.set()
-        await self._abort()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:
-            writer.transport.abort()
-            return
-        pair = {writer, far_writer}
-        self._writers |= pair
-        pumps = (self._pump(reader, far_writer, "up"), self._pump(far_reader, writer, "down"))
-        await asyncio.gather(*pumps)
-        self._writers -= pair
-
-    async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Literal["up", "down"]
-    ) -> None:
-        splitter = _Splitter(direction)
-        with contextlib.suppress(ConnectionError):
-            while chunk := await reader.read(65536):
-                await self._flowing.wait()
-                self.packets.extend(splitter.feed(chunk))
-                writer.write(chunk)
-                await writer.drain()
-        writer.close()
+    def wait_for(self, direction: Direction, kind: int, count: int) -> None:
+        """So many packets of this kind have come."""
+        until(lambda: self.packets[direction, kind] >= count, f"{count} packets of type {kind} {direction}")
 
 
 @pytest.fixture
-def proxy(mosquitto: RealMosquitto) -> Iterator[FaultProxy]:
+def proxy(mosquitto: RealMosquitto) -> Iterator[WatchedProxy]:
     """A proxy before the mosquitto of the same test."""
-    running = FaultProxy(mosquitto.port)
+    running = WatchedProxy(mosquitto.port)
     yield running
     running.stop()

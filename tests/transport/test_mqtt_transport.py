@@ -15,9 +15,10 @@ from fedeq_edge.transport import broker as ladder
 from fedeq_edge.transport import mqtt
 from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Will
 from fedeq_edge.transport.mqtt import WINDOW, Endpoint, MqttTransport
+from tests.conftest import until
 
 if TYPE_CHECKING:
-    from tests.conftest import FaultProxy, MakeMosquitto, RealMosquitto
+    from tests.conftest import MakeMosquitto, RealMosquitto, WatchedProxy
 
 E = TypeVar("E", Connected, Disconnected, Arrived)
 PATIENCE_S = 30.0
@@ -143,7 +144,7 @@ def test_leaving_says_the_farewell_and_not_the_will(connect: Connect, endpoint: 
 @pytest.mark.broker
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
 def test_a_lost_connection_says_the_will_and_comes_back_by_itself(
-    connect: Connect, mosquitto: "RealMosquitto", proxy: "FaultProxy", version: mqtt.Version
+    connect: Connect, mosquitto: "RealMosquitto", proxy: "WatchedProxy", version: mqtt.Version
 ) -> None:
     watcher = connect(Endpoint(url=mosquitto.url, version=version), "state").online()
     device = connect(Endpoint(url=proxy.url, version=version), will=Will(topic="state", payload=b"vanished")).online()
@@ -171,13 +172,13 @@ def test_a_broker_that_is_killed_and_comes_back_is_found_again_and_what_was_said
 
 
 @pytest.mark.broker
-def test_the_window_is_used_and_never_exceeded(connect: Connect, proxy: "FaultProxy") -> None:
+def test_the_window_is_used_and_never_exceeded(connect: Connect, proxy: "WatchedProxy") -> None:
     sender = connect(Endpoint(url=proxy.url)).online()
     for _ in range(300):
         sender.transport.publish("t", b"x" * 1000)
     sender.transport.stop()
     outstanding = most = 0
-    for packet in proxy.packets:
+    for packet in proxy.seen:
         outstanding += (packet.direction, packet.kind) == ("up", PUBLISH)
         outstanding -= (packet.direction, packet.kind) == ("down", PUBACK)
         most = max(most, outstanding)
@@ -188,7 +189,7 @@ def test_the_window_is_used_and_never_exceeded(connect: Connect, proxy: "FaultPr
 @pytest.mark.broker
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
 def test_traffic_is_what_the_proxy_counts(
-    connect: Connect, mosquitto: "RealMosquitto", proxy: "FaultProxy", version: mqtt.Version
+    connect: Connect, mosquitto: "RealMosquitto", proxy: "WatchedProxy", version: mqtt.Version
 ) -> None:
     counted = connect(Endpoint(url=proxy.url, version=version), "down").online()
     other = connect(Endpoint(url=mosquitto.url, version=version), "up").online()
@@ -246,7 +247,7 @@ def test_a_port_where_nobody_listens_is_no_error_but_an_event(connect: Connect) 
 
 @pytest.mark.broker
 def test_connections_that_do_not_last_are_tried_ever_more_slowly(
-    connect: Connect, proxy: "FaultProxy", monkeypatch: pytest.MonkeyPatch
+    connect: Connect, proxy: "WatchedProxy", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounds: list[float] = []
 
@@ -266,6 +267,27 @@ def test_connections_that_do_not_last_are_tried_ever_more_slowly(
     proxy.cut()
     device.online()
     assert bounds[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.broker
+def test_a_link_that_breaks_after_it_has_carried_something_is_tried_again_soon(
+    connect: Connect, proxy: "WatchedProxy", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds: list[float] = []
+
+    def no_wait(_low: float, bound: float) -> float:
+        bounds.append(bound)
+        return 0.0
+
+    monkeypatch.setattr("fedeq_edge.transport.mqtt.random.uniform", no_wait)
+    device = connect(Endpoint(url=proxy.url)).online()
+    for _ in range(3):
+        for _ in range(2):
+            device.transport.publish("up", b"x")
+        until(lambda: device.transport._session is not None and device.transport._session.useful, "PUBACKs came")
+        proxy.cut()
+        device.online()
+    assert bounds == pytest.approx([0.1, 0.1, 0.1])
 
 
 @pytest.mark.parametrize(
