@@ -8,11 +8,12 @@ DEMO_OPTIONS ?=
 BENCH_DATA ?= ../shared/data
 BENCH_OPTIONS ?=
 BENCH_SECTIONS ?=
+FUZZ_S ?= 60
 export OMP_NUM_THREADS ?= 1
 export ORT_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-deq bench-wire bench-memory bench-har clean mosquitto
+.PHONY: help install demo test lint format bench bench-deq bench-wire bench-memory bench-har fuzz clean mosquitto
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,10 @@ bench-deq: $(INSTALLED) ## The equilibrium core against torchdeq and the bare ce
 
 bench-wire: $(INSTALLED) mosquitto ## The wire against bare paho: CPU, bytes, memory, bad links (BENCH_SECTIONS="cpu load")
 	BENCH_DATA=$(BENCH_DATA) $(BIN)/python tests/bench/wire.py $(BENCH_SECTIONS)
+
+fuzz: $(INSTALLED) ## Throw bytes at every decoder, led by coverage, for FUZZ_S seconds (60)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group fuzz
+	$(BIN)/python tests/fuzz/decoders.py -max_total_time=$(FUZZ_S)
 
 bench-memory: $(INSTALLED) ## Memory and CPU of the aggregator for 10 to 200 clients, memory of an idle agent
 	$(BIN)/python tests/bench/memory.py

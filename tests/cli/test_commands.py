@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from fedeq_edge import modelfile
+from fedeq_edge import modelfile, orders
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.storage import AggregatorFolder, locked
+from fedeq_edge.storage.status import write_status
 from fedeq_edge.training.step import Budget
 
 if TYPE_CHECKING:
@@ -90,6 +91,42 @@ def test_aggregator_status_tells_whether_it_still_runs(fedeq: "Fedeq", place: Pa
     assert "not running" in shown
     assert "accepted 7, refused: digest 2" in shown
     assert "denied: d9" in shown
+
+
+def test_agent_status_shows_why_the_aggregator_refused(fedeq: "Fedeq", place: Path) -> None:
+    (place / "state").mkdir()
+    told = {
+        "device": "a",
+        "pid": 2**22 + 1,
+        "refusals": {"norm_bound": 1},
+        "last_refusal": "device a: ten times larger",
+    }
+    write_status(place / "state", told)
+    assert _json(fedeq, "agent", "status")["running"] is False
+    shown = fedeq("agent", "status").err
+    assert "norm_bound" in shown
+    assert "ten times larger" in shown
+
+
+def test_agent_status_without_an_agent_says_so(fedeq: "Fedeq", place: Path) -> None:
+    told = fedeq("agent", "status")
+    assert told.status == 2
+    assert "has the agent run with this configuration?" in told.err
+
+
+@pytest.mark.parametrize("order", ["deny", "allow", "retire"])
+def test_an_order_waits_for_the_aggregator_in_its_folder(order: str, fedeq: "Fedeq", place: Path) -> None:
+    (place / "state").mkdir()
+    assert fedeq("aggregator", order, "pi-17").status == 0
+    assert list(orders.taken(place / "state")) == [(order, "pi-17")]
+
+
+def test_an_audit_without_a_trail_says_what_to_set(fedeq: "Fedeq", place: Path) -> None:
+    with locked(place / "state") as folder:
+        AggregatorFolder(folder).record({"kind": "round", "round": 1})
+    told = fedeq("aggregator", "audit")
+    assert told.status == 1
+    assert "set audit = true before a federation begins" in told.err
 
 
 def test_a_model_is_exported_inspected_and_asked(fedeq: "Fedeq", place: Path, personal: Path) -> None:
