@@ -153,7 +153,7 @@ class Agent:
         self._data = settings.resolve(path, chosen.data)
         self._folder = settings.resolve(path, chosen.state)
         self._slowdown = slowdown
-        self._topics = Topics(chosen.federation)
+        self._topics = Topics(chosen.joins)
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._store = ClientFolder(self._folder)
         identity = Identity(
@@ -167,7 +167,7 @@ class Agent:
         self._client = Client(identity, self._topics, self._store.load())
         self._transport = MqttTransport(
             chosen.broker.endpoint(),
-            f"{chosen.federation}-{chosen.device}",
+            f"{chosen.joins}-{chosen.device}",
             (
                 self._topics.manifest,
                 self._topics.model,
@@ -191,7 +191,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._inbox.put(None))
         self._transport.start(self._inbox.put)
-        log.info("agent is up", extra={"device": self._settings.device, "federation": self._settings.federation})
+        log.info("agent is up", extra={"device": self._settings.device, "federation": self._settings.joins})
         try:
             while not self._stopping:
                 self._step()

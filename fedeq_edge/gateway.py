@@ -1,5 +1,7 @@
 """The aggregator on a gateway: owns the connection, the clock and the disk; decides nothing (protocol/aggregator.py).
 
+A worker is one as well, and a root has another machine in the same shell (protocol/tree.py).
+
 numpy only: a gateway needs no torch. What it keeps on disk, and how it comes back after kill -9: storage.py.
 """
 
@@ -27,6 +29,7 @@ from fedeq_edge.hardware.memory import peak_rss_bytes
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
 from fedeq_edge.protocol.aggregator import Aggregator, new_state
 from fedeq_edge.protocol.federation import Federation
+from fedeq_edge.protocol.tree import Root
 from fedeq_edge.settings import AggregatorSettings
 from fedeq_edge.storage import AggregatorFolder, locked
 from fedeq_edge.training.step import Vector
@@ -56,6 +59,7 @@ def federation_of(chosen: AggregatorSettings) -> Federation:
         up=chosen.up or (chosen.codec,),
         down=chosen.codec,
         audit=chosen.audit,
+        root=Topics(chosen.root) if chosen.root else None,
     )
 
 
@@ -91,6 +95,18 @@ def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Agg
     )
 
 
+def open_root(chosen: AggregatorSettings, folder: AggregatorFolder) -> Root:
+    """The root as the folder remembers it, or a new one. Raises StateError where they do not fit."""
+    machine = open_aggregator(chosen, folder)
+    return Root(
+        federation=machine.federation,
+        consensus=machine.consensus,
+        state=machine.state,
+        workers=chosen.workers,
+        boot=machine.boot,
+    )
+
+
 def _identity(federation: Federation) -> bytes:
     """Digest of what must not change while duals and sums of the federation live."""
     fixed = (federation.topics.federation, federation.model, federation.method, federation.seed, federation.down)
@@ -121,7 +137,8 @@ class Gateway:
             signal.signal(number, lambda *_: self._inbox.put(None))
         with locked(self._place):
             self._folder = AggregatorFolder(self._place, audit=self._settings.audit)
-            self._machine = open_aggregator(self._settings, self._folder)
+            opened = open_root if self._settings.workers else open_aggregator
+            self._machine: Aggregator | Root = opened(self._settings, self._folder)
             if self._machine.state.status == "finished":
                 log.warning("this federation has finished; another one needs another state folder")
                 return True
@@ -137,17 +154,23 @@ class Gateway:
         return self._finished
 
     def _come_back(self) -> None:
-        self._carry_out(self._machine.resume(time.monotonic()))
-        for device, blob in self._folder.journal():
-            self._machine.replay(device, blob)
+        if isinstance(self._machine, Aggregator):
+            self._carry_out(self._machine.resume(time.monotonic()))
+            for device, blob in self._folder.journal():
+                self._machine.replay(device, blob)
         log.info("aggregator is up", extra={"run": self._machine.state.run, "round": self._machine.state.round})
 
     def _connect(self) -> MqttTransport:
-        subscriptions = (self._topics.state("+"), self._topics.up("+"))
         name = f"{self._settings.federation}-aggregator"
-        transport = MqttTransport(self._settings.broker.endpoint(), name, subscriptions, will=self._farewell())
+        transport = MqttTransport(self._settings.broker.endpoint(), name, self._subscriptions(), will=self._farewell())
         transport.start(self._inbox.put)
         return transport
+
+    def _subscriptions(self) -> tuple[str, ...]:
+        if self._settings.workers:
+            return (self._topics.worker_up("+"),)
+        from_root = (Topics(self._settings.root).worker_down(self._topics.federation),) if self._settings.root else ()
+        return (self._topics.state("+"), self._topics.up("+"), *from_root)
 
     def _step(self) -> None:
         for event in self._waiting():
@@ -171,6 +194,9 @@ class Gateway:
     def _obey_orders(self, now: float) -> None:
         for order, device in orders.taken(self._place):
             log.info("order", extra={"order": order, "device": device})
+            if isinstance(self._machine, Root):
+                log.error("a root has no devices; give the order to the worker of this one", extra={"device": device})
+                continue
             self._carry_out(getattr(self._machine, order)(device, now))
 
     def _on_event(self, event: Event | None) -> None:

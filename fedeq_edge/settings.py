@@ -10,6 +10,7 @@ Paths in a file are relative to that file.
 import difflib
 import os
 import tomllib
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -51,7 +52,8 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     device: its id. federation: which one it joins. data: npz with x, y and an optional split. state: folder for what
     must survive a restart. profile: board profile out of devices/ (limits; with emulate = true also its speed).
-    trainer_idle_s: the trainer process ends after so long without work.
+    trainer_idle_s: the trainer process ends after so long without work. workers: where the federation has so many
+    workers, named FEDERATION-0, FEDERATION-1, ...: the device goes to the one that its id hashes to.
     """
 
     device: str
@@ -61,11 +63,21 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     profile: str = ""
     emulate: bool = False
     trainer_idle_s: float = 60.0
+    workers: int = 0
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
 
     def __post_init__(self) -> None:
         check_identifier(self.device, "device")
-        check_identifier(self.federation, "federation")
+        check_identifier(self.joins, "federation")
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}; give their number, or leave it out")
+
+    @property
+    def joins(self) -> str:
+        """The federation whose aggregator this device talks to: its own, or that of its worker."""
+        if not self.workers:
+            return self.federation
+        return f"{self.federation}-{zlib.crc32(self.device.encode()) % self.workers}"
 
 
 class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +88,9 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     contributions in the order of preference, where they shall differ from that: a device sends in the first that it
     speaks. audit: keep every contribution, so that `fedeq aggregator audit` can compute the consensus again.
     seed: of the initial weights.
+    workers: federations of the aggregators whose devices this root adds up; it has no devices of its own. root: the
+    federation whose root closes the rounds of this worker. Both have the same [model], [train] rounds, [method], codec
+    and seed.
     """
 
     federation: str
@@ -85,6 +100,8 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     up: tuple[Codec, ...] = ()
     audit: bool = False
     seed: int = 0
+    workers: tuple[str, ...] = ()
+    root: str = ""
     train: Plan = msgspec.field(default_factory=Plan)
     method: dict[str, Any] = msgspec.field(default_factory=dict)
     schedule: Schedule = msgspec.field(default_factory=Schedule)
@@ -98,6 +115,22 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
             raise ConfigError(
                 f"train.compute_s ({self.train.compute_s:g}) must be below schedule.deadline_s "
                 f"({self.schedule.deadline_s:g}): training is a part of a round"
+            )
+        if self.workers or self.root:
+            self._check_tree()
+
+    def _check_tree(self) -> None:
+        for name in (*self.workers, *filter(None, (self.root,))):
+            check_identifier(name, "root" if name == self.root else "worker")
+        if self.workers and self.root:
+            raise ConfigError("root, workers: an aggregator is one or the other; give either the root or the workers")
+        if self.audit or self.schedule.mode == "async":
+            raise ConfigError('root, workers: they know neither audit = true nor schedule.mode = "async"; leave it out')
+        chosen = self.resolved_method()
+        if chosen.sees_each or not chosen.exchange:
+            raise ConfigError(
+                f"method {chosen.name}: its server looks at every contribution, or none, and a root sees sums; "
+                "leave out root and workers, or the robust options"
             )
 
     def resolved_method(self) -> Method:

@@ -98,6 +98,11 @@ def _denied(current: dict[str, Any]) -> str:
     return f", denied: {', '.join(current['denied'])}" if current["denied"] else ""
 
 
+def _show_workers(console: Console, workers: list[str], contributed: list[str]) -> None:
+    missing = [worker for worker in workers if worker not in contributed]
+    console.print(f"shares of {len(contributed)} of {len(workers)} workers are in; waits for {', '.join(missing)}")
+
+
 def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     console = Console(stderr=True)
     alive = "running" if current["running"] else "not running"
@@ -105,6 +110,9 @@ def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         f"{current['run']}: {current['status']}, round {current['round']} of {current['rounds']} ({alive}); "
         f"broker: {current['broker']}"
     )
+    if "workers" in current:
+        _show_workers(console, current["workers"], current["contributed"])
+        return
     console.print(f"online {len(current['online'])} of {current['members']} members{_denied(current)}")
     counted = {**current["counters"], **{f"refused: {code}": number for code, number in current["refusals"].items()}}
     console.print(", ".join(f"{name} {number}" for name, number in counted.items() if number) or "nothing counted yet")

@@ -164,6 +164,21 @@ class PartialSum:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one worker's devices have contributed to a round, and what they hold together after it; all of it exact.
+
+    steps, weight, squares: as in a `PartialSum`. duals: sum omega_i nu_i over its members, these steps included, (p,)
+    int64 modulo 2^64; 0 with the server "mean". penalties: sum omega_i kappa_i 2^32 over its members.
+    """
+
+    steps: FixedVector
+    weight: int
+    squares: int
+    duals: FixedVector
+    penalties: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
     """How far the fleet is from agreeing, after one `close_round`.
 
@@ -207,6 +222,7 @@ class Consensus:
         self._R = 0
         self._screen = Screen(method)
         self._cohort: frozenset[str] = frozenset()
+        self._summed: list[str] = []
         self._clear_arrivals()
 
     # ---- what it holds -------------------------------------------------------------------------------------
@@ -391,6 +407,53 @@ class Consensus:
             steps=self._S.values.copy(), weight=self._weight, squares=self._squares, devices=self._contributors()
         )
 
+    # ---- a root and its workers ------------------------------------------------------------------------------
+
+    def hand_over(self) -> tuple[Share, RoundReport]:
+        """A worker's close: what arrived is in H and in the share for its root, and z waits for `follow`.
+
+        What arrives from here on is in the next share.
+        """
+        share = Share(
+            steps=self._S.values.copy(),
+            weight=self._weight,
+            squares=self._squares,
+            duals=self.sums[0],
+            penalties=self._R,
+        )
+        report = self._report(step=0.0, correction=0.0)
+        if self._adds_duals:
+            self._H.add(self._S.values, 1, self._S.bound)
+        self._cohort = frozenset()
+        self._clear_arrivals()
+        return share, report
+
+    def follow(self, z_hat: FloatVector) -> None:
+        """The root's consensus, (p,) in our type, is that of our devices; the sums stay."""
+        self._check_shape("consensus of the root", z_hat)
+        self._z_hat = z_hat.astype(self._z_hat.dtype)
+        self._z = self._z_hat.astype(np.float64)
+
+    def gather(self, shares: Mapping[str, Share]) -> None:
+        """A root's open round, H and R are what its workers have handed over, and nothing else: `close_round` is next.
+
+        The sums are whole ones, not changes, so that a worker may come, lose all that it had, or leave: its devices
+        count with what its last share says. Raises ContributionError "wrong_shape", "bad_sum" or "too_large", and
+        then nothing has changed.
+        """
+        if self._method.sees_each:
+            raise ConfigError(f"method {self._method.name} bounds single contributions; run it without workers")
+        for worker, share in shares.items():
+            self._check_share(worker, share)
+        steps, duals = self._total([share.steps for share in shares.values()]), self._zero()
+        if self._adds_duals:
+            duals = self._total([share.duals for share in shares.values()]) - steps
+        self._S, self._H = ExactSum(steps), ExactSum(duals)
+        self._R = sum(share.penalties for share in shares.values())
+        self._weight = sum(share.weight for share in shares.values())
+        self._squares = sum(share.squares for share in shares.values())
+        self._summed = [worker for worker, share in shares.items() if share.weight]
+
     def close_round(
         self,
         transmit: Callable[[FloatVector], FloatVector] | None = None,
@@ -478,6 +541,22 @@ class Consensus:
     @property
     def _adds_duals(self) -> bool:
         return self._method.server == "fresh"
+
+    def _zero(self) -> FixedVector:
+        return np.zeros(self._z.size, np.int64)
+
+    def _total(self, vectors: Sequence[FixedVector]) -> FixedVector:
+        """Their sum, (p,); as float64, which cannot wrap, it is far from int64's limit."""
+        magnitudes = sum((np.abs(vector.astype(np.float64)) for vector in vectors), np.zeros(self._z.size))
+        if magnitudes.max() > SUM_LIMIT:
+            raise ContributionError("too_large", "the sum of all shares would leave 62 bits; did a training diverge?")
+        return sum(vectors, self._zero())
+
+    def _check_share(self, worker: str, share: Share) -> None:
+        self._check_shape(f"share of worker {worker}", share.steps)
+        self._check_shape(f"share of worker {worker}", share.duals)
+        if not (share.weight >= 0 and share.squares >= 0 and share.penalties >= 0):
+            raise ContributionError("bad_sum", f"worker {worker}: a weight in its share is below 0; update it")
 
     def _contributors(self) -> tuple[str, ...]:
         return tuple(sorted([*(arrival.device for arrival in self._arrivals), *self._summed]))
@@ -623,11 +702,11 @@ class Consensus:
         self._weight = 0
         self._squares = 0
         self._arrivals: list[Arrival] = []
-        self._summed: list[str] = []
+        self._summed = []
 
     def _checked(self, device: str, vector: FloatVector) -> FloatVector:
         """`vector` in our type; what cannot enter a sum without spoiling it for everybody is refused."""
-        self._check_shape(device, vector)
+        self._check_shape(f"device {device}", vector)
         if not np.isfinite(vector).all():
             raise ContributionError(
                 "not_finite", f"device {device}: vector holds NaN or infinity; its training diverged"
@@ -635,18 +714,18 @@ class Consensus:
         return vector.astype(self._z_hat.dtype, copy=False)
 
     def _checked_dual(self, device: str, nu: FixedVector, member: Member) -> FixedVector:
-        self._check_shape(device, nu)
+        self._check_shape(f"device {device}", nu)
         if nu.dtype != np.int64 or member.omega * largest(nu) >= SUM_LIMIT:
             raise ContributionError(
                 "too_large", f"device {device}: omega nu is no int64 vector below 2^62; let it join without a dual"
             )
         return nu
 
-    def _check_shape(self, device: str, vector: NDArray[Any]) -> None:
+    def _check_shape(self, whose: str, vector: NDArray[Any]) -> None:
         if vector.shape != self._z_hat.shape:
             raise ContributionError(
                 "wrong_shape",
-                f"device {device}: vector of shape {vector.shape}, expected {self._z_hat.shape}; "
+                f"{whose}: vector of shape {vector.shape}, expected {self._z_hat.shape}; "
                 "was it started with another model file?",
             )
 

@@ -17,6 +17,8 @@ round goes on. The device is the one in the topic.
 Rule 4: a task names the dual that counts here. A device that holds another one says so before it trains, has lost its
 state, and joins anew with nu = 0 (algorithm.md section 4); its next task tells it so.
 
+Rule 5: a worker does not close its rounds but hands them over, and opens none before its root has answered (tree.py).
+
 Who is here: roster.py. What counts: intake.py. The rounds: rounds.py. Blobs on their way: transfers.py. This module
 takes events, lets those decide, and sends.
 """
@@ -38,6 +40,7 @@ from fedeq_edge.protocol.roster import Roster
 from fedeq_edge.protocol.rounds import Rounds
 from fedeq_edge.protocol.state import AggregatorState
 from fedeq_edge.protocol.transfers import RETRY_S, Downloads, Pieces, Uploads
+from fedeq_edge.protocol.tree import Upstream
 from fedeq_edge.wire import chunks, coding, messages
 from fedeq_edge.wire.chunks import ENVELOPE_BYTES, PACKET_LIMIT_BYTES
 
@@ -77,9 +80,11 @@ class Aggregator:
     _rounds: Rounds = field(init=False)
     _published: Publication = field(init=False)
     _uploads: Uploads = field(init=False)
+    _upstream: Upstream | None = None
     _downloads: Downloads = field(default_factory=Downloads)
     _packet_limit: int | None = None
     _final_at: float | None = None
+    _idle_since: float | None = None  # a worker has no devices for a round since then
     _unable: set[str] = field(default_factory=set)  # devices that could not make their personal model
     _asked: dict[str, float] = field(default_factory=dict)  # when a task went out that no device has reacted to
     _troubles: Counter[str] = field(default_factory=Counter)  # refusals of each device in this round
@@ -94,6 +99,8 @@ class Aggregator:
         self._rounds = Rounds(self.federation, consensus, state, self._roster, self._published)
         self._intake = Intake(self.federation, consensus, state)
         self._uploads = Uploads(self._intake.limit_bytes)
+        if self.federation.root is not None:
+            self._upstream = Upstream(self.federation, self.federation.root, state, self._published)
 
     # Coming back after a crash
 
@@ -131,6 +138,8 @@ class Aggregator:
         self._publish_manifest()
         self._publish_step()
         self._downloads.clear(packet_limit)
+        if self._upstream is not None:
+            self._upstream.say_at_once()
         for device in self._roster.online:
             self._send_task(device, now)
         self._check(now)
@@ -138,6 +147,8 @@ class Aggregator:
 
     def arrived(self, topic: str, payload: bytes, now: float) -> list[AggregatorAction]:
         """A payload came; what does not follow the protocol is counted, noted and dropped."""
+        if self._upstream is not None and topic == self._upstream.down:
+            return self._root_says(self._upstream, payload, now)
         source = self.federation.topics.device_of(topic)
         if source is None:
             return []
@@ -234,6 +245,7 @@ class Aggregator:
             "uploads": {"granted": len(self._uploads), "waiting": self._uploads.waiting},
             "downloads": {"granted": len(self._downloads), "waiting": self._downloads.waiting},
             "reported": sorted(self.reports),
+            "handed_over": bool(state.handed),
         }
 
     # Messages
@@ -457,6 +469,8 @@ class Aggregator:
             self._check_reports(now)
         elif self.state.status == "finished":
             return
+        elif self._upstream is not None and self._upstream.waiting:
+            self._actions += self._upstream.say(self.state.handed, now)
         elif not self.state.open:
             self._open_if_possible(now)
         else:
@@ -468,9 +482,12 @@ class Aggregator:
 
     def _open_if_possible(self, now: float) -> None:
         if not self._rounds.may_open(now):
+            if self._upstream is not None:
+                self._pass_round(self._upstream, now)
             return
+        self._idle_since = None
         self._rounds.join_newcomers()
-        if self.state.round >= self.federation.rounds:  # a method without exchange has no rounds
+        if self._rounds_done >= self.federation.rounds:  # a method without exchange has no rounds
             self._finish(now)
         else:
             self._open_round(now)
@@ -495,6 +512,9 @@ class Aggregator:
             self._send_task(device, now)
 
     def _close_round(self, now: float) -> None:
+        if self._upstream is not None:
+            self._hand_over(self._upstream, now)
+            return
         line = self._rounds.close(now, lambda: self._intake.differences(self._blob_of))
         self._actions.append(Record(line=line))
         self._publish_step()
@@ -502,6 +522,57 @@ class Aggregator:
             self._finish(now)
         else:
             self._open_if_possible(now)
+
+    # A worker's rounds
+
+    @property
+    def _rounds_done(self) -> int:
+        return self.state.round if self._upstream is None else self.state.root_round
+
+    def _hand_over(self, upstream: Upstream, now: float) -> None:
+        """The root gets what came, if anything did; with nothing, this round goes on without our devices."""
+        share, line = self._rounds.hand_over(now)
+        blob = upstream.blob(share)
+        if share.weight:
+            self.state.handed = blob
+            self._actions.append(Record(line=line))
+            self._snapshot()
+            upstream.say_at_once()
+        self._actions += upstream.say(blob, now)
+
+    def _pass_round(self, upstream: Upstream, now: float) -> None:
+        """A worker without devices for a round lets the others go on after its deadline."""
+        self._idle_since = now if self._idle_since is None else self._idle_since
+        if now - self._idle_since >= self.federation.schedule.deadline_s:
+            self._hand_over(upstream, now)
+
+    def _root_says(self, upstream: Upstream, payload: bytes, now: float) -> list[AggregatorAction]:
+        try:
+            heard = upstream.heard(payload)
+            if heard is not None:
+                self._follow(*heard, now=now)
+                self._actions.append(upstream.acknowledgement())
+        except WireError as error:
+            self._refuse("malformed", "root", str(error))
+        self._check(now)
+        return self._flush()
+
+    def _follow(self, model: messages.Model, body: memoryview, *, now: float) -> None:
+        """The root's consensus is ours, unless it was before."""
+        state = self.state
+        if model.round <= state.root_round:
+            return
+        self._published.follow(model, body)
+        self.consensus.follow(self._published.z_hat)
+        if state.open:
+            self._rounds.abandon()
+        state.root_run, state.root_round, state.handed = model.run, model.round, b""
+        state.round, self._idle_since = max(state.round, model.round), None
+        self._publish_step()
+        if model.round >= self.federation.rounds:
+            self._finish(now)
+        else:
+            self._snapshot()
 
     # The end
 

@@ -1,7 +1,10 @@
 """What is fixed for the life of a federation."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import msgspec
 
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.protocol.schedule import Schedule
@@ -16,6 +19,7 @@ class Federation:
     up: codecs of contributions in the order of preference; a device gets the first that it speaks. down: codec of the
     consensus' steps, one for all, as all must decode the same numbers; who does not speak it gets whole values.
     audit: whether the history of rounds holds what it takes to compute every consensus again (audit.py).
+    root: topics of the federation whose root closes our rounds, None where we do (tree.py).
     """
 
     topics: Topics
@@ -28,3 +32,10 @@ class Federation:
     up: tuple[Codec, ...]
     down: Codec
     audit: bool = False
+    root: Topics | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """sha256 of what a root and its workers must have in common."""
+        shared = (self.model, self.method, self.seed, self.rounds, self.down)
+        return hashlib.sha256(msgspec.json.encode(shared, order="deterministic")).digest()

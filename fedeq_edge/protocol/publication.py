@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass, field
 
+from fedeq_edge.errors import RemoteWireError
 from fedeq_edge.protocol.state import vector_digest
 from fedeq_edge.training.step import Vector
 from fedeq_edge.wire import coding, messages
@@ -45,14 +46,34 @@ class Publication:
         """
         body = coding.encode(codec, difference)
         decoded = coding.decode(codec, body, difference.size)
+        self._move(self.z_hat + decoded, body, codec, round_number)
+        return decoded
+
+    def follow(self, model: messages.Model, body: bytes | memoryview) -> None:
+        """z_hat is that of another publication, which sent this step from ours, or all of it; the codes stay its own.
+
+        Raises RemoteWireError, and then nothing has changed, where it starts or ends elsewhere than it says.
+        """
+        if model.length != self.z_hat.size or model.base not in (b"", self.base):
+            raise RemoteWireError(f"step of {model.length} values starts from another consensus than ours")
+        decoded = coding.decode(model.codec, body, model.length)
+        moved = self.z_hat + decoded if model.base else decoded
+        if vector_digest(moved) != model.model:
+            raise RemoteWireError(f"consensus of round {model.round} has another digest than its name")
+        if model.base:
+            self._move(moved, bytes(body), model.codec, model.round)
+        else:
+            self._steps.clear()
+            self.z_hat, self.round, self.base, self._whole = moved, model.round, model.model, b""
+
+    def _move(self, z_hat: Vector, body: bytes, codec: coding.Codec, round_number: int) -> None:
         before, self.round = self.base, round_number
-        self.z_hat = self.z_hat + decoded
+        self.z_hat = z_hat
         self.base, self._whole = vector_digest(self.z_hat), b""
         if self.base != before:
             self._steps.append(_Step(before, self._blob(body, codec, before)))
         while len(self._steps) > self.steps_kept and self._steps_bytes() >= self._whole_bytes():
             self._steps.popleft()
-        return decoded
 
     def _steps_bytes(self) -> int:
         return sum(len(step.blob) for step in self._steps)

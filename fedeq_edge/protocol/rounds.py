@@ -13,7 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from fedeq_edge.consensus import quality
-from fedeq_edge.consensus.admm import Consensus, RoundReport
+from fedeq_edge.consensus.admm import Consensus, RoundReport, Share
 from fedeq_edge.consensus.robust import Contributions
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.publication import Publication
@@ -155,10 +155,27 @@ class Rounds:
         report = self.consensus.close_round(self._transmit, contributions=contributions, relaxed=relaxed)
         self._move_quality()
         line = {**self._line(report, now), **audit}
+        self._end()
+        return line
+
+    def hand_over(self, now: float) -> tuple[Share, Mapping[str, object]]:
+        """A worker's close: what its root gets, no round is open, and the line for the history."""
+        share, report = self.consensus.hand_over()
+        self._move_quality()
+        line = self._line(report, now)
+        self._end()
+        return share, line
+
+    def abandon(self) -> None:
+        """No round is open, and what came to it is late: a worker's consensus has moved on without it."""
+        state = self.state
+        state.late, state.contributed = self.arrived(), {}
+        state.open, state.cohort = False, ()
+
+    def _end(self) -> None:
         state = self.state
         state.open, state.cohort = False, ()
         state.contributed, state.late, state.accepted, state.started = {}, {}, [], []
-        return line
 
     def _transmit(self, difference: Vector) -> Vector:
         return self.published.advance(difference, self.federation.down, self.state.round)

@@ -100,6 +100,8 @@ class AggregatorState(msgspec.Struct, kw_only=True):
     accepted: (device, round, weight) of each of them. started: (device, how many of them it had made by then) where a
     dual has begun at zero since.
     identity: digest of what is fixed for the life of the federation.
+    Of a worker: handed: the share that its root has not answered, as a blob, empty without one. root_run, root_round:
+    run of that root, and the last round of its that z_hat holds.
     """
 
     run: str
@@ -116,3 +118,6 @@ class AggregatorState(msgspec.Struct, kw_only=True):
     accepted: list[tuple[str, int, int]] = msgspec.field(default_factory=list)
     started: list[tuple[str, int]] = msgspec.field(default_factory=list)
     identity: bytes = b""
+    handed: bytes = b""
+    root_run: str = ""
+    root_round: int = 0

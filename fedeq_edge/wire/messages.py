@@ -7,6 +7,7 @@ new magic. Who sends what:
     Birth, Offline, Fetch, Offer, Chunk, ChunkAck, Report, Decline, Differs     device -> aggregator
     AggregatorState, Manifest, Task, Chunk, ChunkAck, Verdict, Model            aggregator -> device
     Contribution, Model                                                         blobs, carried by chunks
+    Share                                                                       worker -> root, a blob
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ Name = Annotated[str, msgspec.Meta(max_length=128)]
 Status = Literal["waiting", "running", "finishing", "finished"]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
 RoundOrNone = Annotated[int, msgspec.Meta(ge=-1, le=2**53)]  # -1: none yet
+Integer = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,128}$")]  # sums of products of 64-bit weights and |d|^2
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e10)]
 Percent = Annotated[float, msgspec.Meta(ge=0.0, le=100.0)]
 Evaluations = Annotated[int, msgspec.Meta(ge=0, le=10_000)]  # a solver budget; nobody affords more for one sample
@@ -238,6 +240,23 @@ class Differs(Message, frozen=True, kw_only=True):
     after: RoundOrNone
 
 
+class Share(Message, frozen=True, kw_only=True):
+    """What a worker's devices contribute to round `round` and hold after it (consensus/admm.py, `Share`).
+
+    In the body: steps, and duals where the method keeps some, each `length` little-endian int64. base: digest of the
+    consensus that the worker holds, and federation: of what it trains, which is the same for root and workers.
+    weight, squares, penalties: integers as decimal text, as they may pass 64 bits.
+    """
+
+    round: Count
+    base: Digest
+    federation: Digest
+    length: Positive
+    weight: Integer
+    squares: Integer
+    penalties: Integer
+
+
 _KINDS: Final[dict[int, type[Message]]] = {
     1: Birth,
     2: Offline,
@@ -254,6 +273,7 @@ _KINDS: Final[dict[int, type[Message]]] = {
     13: Decline,
     14: Differs,
     15: Offer,
+    16: Share,
 }
 _NUMBERS: Final = {message: kind for kind, message in _KINDS.items()}
 KINDS: Final[tuple[type[Message], ...]] = tuple(_KINDS.values())

@@ -6,6 +6,8 @@
     fedeq/v1/<federation>/dev/<id>/state      retained   device's birth and last will
     fedeq/v1/<federation>/dev/<id>/up         device -> aggregator
     fedeq/v1/<federation>/dev/<id>/down       aggregator -> device
+    fedeq/v1/<federation>/worker/<name>/up    worker -> root: sums over the devices of federation <name>
+    fedeq/v1/<federation>/worker/<name>/down  root -> worker: the consensus
 
 The device a message comes from is read from the topic, which the broker's ACL has checked, never from the payload.
 """
@@ -69,6 +71,19 @@ class Topics:
     def down(self, device: str) -> str:
         """From the aggregator to a device."""
         return f"{self.root}/dev/{device}/down"
+
+    def worker_up(self, worker: str) -> str:
+        """From a worker to the root."""
+        return f"{self.root}/worker/{worker}/up"
+
+    def worker_down(self, worker: str) -> str:
+        """From the root to a worker."""
+        return f"{self.root}/worker/{worker}/down"
+
+    def worker_of(self, topic: str) -> str | None:
+        """The worker that publishes on this topic, None for any other topic."""
+        worker = topic.removeprefix(f"{self.root}/worker/").removesuffix("/up")
+        return worker if _IDENTIFIER.match(worker) and topic == self.worker_up(worker) else None
 
     def device_of(self, topic: str) -> tuple[str, Literal["state", "up"]] | None:
         """(device, "state" or "up") of a topic that a device publishes on, None for any other."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tests.broker.conftest import Meet, Mosquitto, Person, StartMosquitto
 
 TOPICS = Topics("demo")
-OWN, OTHER = "pi4-01", "pi4-02"
+OWN, OTHER, SITE = "pi4-01", "pi4-02", "site-a"
 pytestmark = pytest.mark.broker
 
 
@@ -59,6 +59,19 @@ def test_a_site_does_not_speak_for_a_device_of_another_site(
     intruder.leaves()
     device.says(TOPICS.up(OWN))
     assert TOPICS.up(OTHER) not in aggregator.hears_until(TOPICS.up(OWN))
+
+
+def test_a_site_s_worker_and_its_root_hear_each_other_and_no_other_worker_is_taken_for_it(
+    brokers: "tuple[Mosquitto, Mosquitto]", meet: "Meet"
+) -> None:
+    fleet, site = brokers
+    root = meet(fleet, "aggregator", TOPICS.worker_up("+"), TOPICS.state("+")).connected()
+    worker = meet(site, "aggregator", TOPICS.worker_down(SITE)).connected()
+    _wait_for_the_bridge(meet(site, OWN).connected(), root)
+    worker.says(TOPICS.worker_up("site-b"), TOPICS.worker_up(SITE))
+    assert TOPICS.worker_up("site-b") not in root.hears_until(TOPICS.worker_up(SITE))
+    root.says(TOPICS.worker_down(SITE))
+    assert worker.hears_until(TOPICS.worker_down(SITE)) == [TOPICS.worker_down(SITE)]
 
 
 def _wait_for_the_bridge(device: "Person", aggregator: "Person") -> None:

@@ -129,6 +129,15 @@ def test_an_audit_without_a_trail_says_what_to_set(fedeq: "Fedeq", place: Path) 
     assert "set audit = true before a federation begins" in told.err
 
 
+def test_the_status_of_a_root_names_the_workers_that_it_waits_for(fedeq: "Fedeq", place: Path) -> None:
+    told = {"run": "r", "status": "running", "round": 1, "rounds": 2, "workers": ["w0", "w1"], "contributed": ["w1"]}
+    with locked(place / "state") as folder:
+        AggregatorFolder(folder).write_status({**told, "broker": "connected", "refusals": {}, "pid": 2**22 + 1})
+    shown = fedeq("aggregator", "status").err
+    assert "shares of 1 of 2 workers are in" in shown
+    assert "waits for w0" in shown
+
+
 def test_a_model_is_exported_inspected_and_asked(fedeq: "Fedeq", place: Path, personal: Path) -> None:
     told = _json(fedeq, "model", "export", personal, "--out", "model.onnx", "--budget", "5")
     assert told["max_abs_diff"] <= 1e-4

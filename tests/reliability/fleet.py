@@ -59,10 +59,12 @@ class Shape:
 class Fleet:
     """Processes of one federation under one folder, and their links. `close` leaves nothing."""
 
-    def __init__(self, folder: Path, port: int, shape: Shape) -> None:
+    def __init__(self, folder: Path, port: int, shape: Shape, elsewhere: Mapping[str, int] | None = None) -> None:
+        """elsewhere: ports of the brokers of those devices that talk to another one."""
         self.folder, self.shape, self.name = folder, shape, folder.name
         self.processes: dict[str, Process] = {}
-        self.links = {name: FaultProxy(port) for name in (AGGREGATOR, *shape.devices)}
+        ports = dict.fromkeys((AGGREGATOR, *shape.devices), port) | dict(elsewhere or {})
+        self.links = {name: FaultProxy(ports[name]) for name in ports}
         self._every: list[Process] = []
         self.aggregator_settings = AggregatorSettings(
             federation=self.name,

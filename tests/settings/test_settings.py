@@ -222,3 +222,31 @@ def test_a_method_that_cannot_be_is_refused(method: dict[str, Any], told: str, t
 def test_an_url_that_is_no_brokers_is_refused(url: str) -> None:
     with pytest.raises(ConfigError):
         BrokerSettings(url=url).endpoint()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ('workers = ["farm-0"]\nroot = "all"\n', "one or the other"),
+        ('workers = ["Farm 0"]\n', "worker 'Farm 0'"),
+        ('root = "all"\naudit = true\n', "audit"),
+        ('root = "all"\nmethod = {preset = "fedprox", robust = "median"}\n', "robust"),
+        ('root = "all"\nmethod = {preset = "local"}\n', "method local"),
+        ('root = "all"\nschedule = {mode = "async"}\n', "async"),
+    ],
+)
+def test_what_a_root_and_its_workers_cannot_do_is_refused(tmp_path: Path, change: str, named: str) -> None:
+    path = written(tmp_path, f'federation = "farm"\n{change}[model]\ninput_shape = [64]\nclasses = 10\n')
+    assert named in refusal(path, AggregatorSettings)
+
+
+def test_a_device_goes_to_the_worker_that_its_id_hashes_to(tmp_path: Path) -> None:
+    """The numbers are for ever: a device that moved would leave its dual behind."""
+    path = written(tmp_path, f"{AGENT}workers = 3\n")
+    devices = ("pi", "pi-2", "pi-3")
+    found = {device: settings.load(path, AgentSettings, options={"device": device}).joins for device in devices}
+    assert found == {"pi": "farm-1", "pi-2": "farm-1", "pi-3": "farm-0"}
+
+
+def test_a_device_of_a_federation_without_workers_joins_that(tmp_path: Path) -> None:
+    assert settings.load(written(tmp_path, AGENT), AgentSettings).joins == "farm"

@@ -63,6 +63,9 @@ EXAMPLES: list[messages.Message] = [
     messages.Decline(run="r", round=3, reason="battery at 4 %"),
     messages.Differs(run="r", round=3, expected=DIGEST, after=-1),
     messages.Offer(transfer=DIGEST, size=1),
+    messages.Share(
+        round=3, base=DIGEST, federation=DIGEST, length=4, weight="7", squares=str(2**200), penalties=str(2**70)
+    ),
 ]
 
 

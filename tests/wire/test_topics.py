@@ -47,5 +47,12 @@ def test_a_topic_that_no_device_publishes_on_names_no_device(topic: str) -> None
 
 def test_no_topic_has_more_than_seven_levels() -> None:
     topics = [TOPICS.manifest, TOPICS.aggregator, TOPICS.state("d"), TOPICS.up("d"), TOPICS.down("d")]
+    topics += [TOPICS.worker_up("d"), TOPICS.worker_down("d")]
     assert max(topic.count("/") + 1 for topic in topics) <= 7
-    assert len(set(topics)) == 5
+    assert len(set(topics)) == 7
+
+
+def test_a_worker_is_named_by_its_own_topic_alone() -> None:
+    assert TOPICS.worker_of(TOPICS.worker_up("w-1")) == "w-1"
+    for topic in (TOPICS.worker_down("w-1"), TOPICS.up("w-1"), TOPICS.worker_up("a/b"), "w-1", TOPICS.worker_up("W")):
+        assert TOPICS.worker_of(topic) is None
