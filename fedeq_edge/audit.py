@@ -21,11 +21,13 @@ from fedeq_edge.consensus.fixed import (
     PENALTY_BITS,
     FixedVector,
     dual_step,
+    fixed_penalty,
     fraction_bits,
     largest,
     penalty_of,
     scaled,
 )
+from fedeq_edge.consensus.privacy import Privacy, noised
 from fedeq_edge.consensus.robust import fuse
 from fedeq_edge.deq.layout import constraints
 from fedeq_edge.errors import FedEqError, RemoteWireError, StateError
@@ -33,7 +35,7 @@ from fedeq_edge.gateway import federation_of, start_of
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.publication import Publication
 from fedeq_edge.settings import AggregatorSettings
-from fedeq_edge.storage import Record, audit_trail, history
+from fedeq_edge.storage import Record, audit_trail, history, privacy_key
 from fedeq_edge.training.step import Vector
 from fedeq_edge.wire import coding, messages
 
@@ -77,7 +79,8 @@ def audit(folder: Path, chosen: AggregatorSettings) -> Audit:
     lines = [line for line in history(folder) if line["kind"] == "round"]
     if any("accepted" not in line for line in lines):
         raise StateError(f"{folder} holds no audit trail; set audit = true before a federation begins")
-    oracle = _Oracle(federation_of(chosen), start_of(chosen), constraints(chosen.model))
+    federation = federation_of(chosen)
+    oracle = _Oracle(federation, start_of(chosen), constraints(chosen.model), _key(folder, federation))
     difference = ""
     records = audit_trail(folder)
     try:
@@ -92,6 +95,16 @@ def audit(folder: Path, chosen: AggregatorSettings) -> Audit:
         difference=difference,
         duals=oracle.duals,
     )
+
+
+def _key(folder: Path, federation: Federation) -> bytes:
+    """Of the noise, empty where there is none. Raises StateError where the folder has lost it."""
+    if federation.privacy is None:
+        return b""
+    key = privacy_key(folder)
+    if key is None:
+        raise StateError(f"{folder} holds no privacy.key, without which its noise cannot be told; restore it first")
+    return key
 
 
 class _DifferenceError(FedEqError):
@@ -122,6 +135,7 @@ class _Oracle:
     federation: Federation
     start: Vector
     sets: Sequence[Constraint]
+    key: bytes = field(repr=False)
     round: int = 0
     starts: int = 0
     duals: dict[str, FixedVector] = field(default_factory=dict)
@@ -143,8 +157,8 @@ class _Oracle:
         self._bases[number] = self._published.base
         self._admit(number, line)
         steps = self._take_in(number, line, records)
-        if steps:
-            self._move(number, line["members"], steps)
+        if steps or self.federation.privacy is not None:
+            self._move(number, line, steps)
         self._expect(number, "ends with", line["z"])
         self.round = number
 
@@ -210,10 +224,12 @@ class _Oracle:
             raise _DifferenceError(f"{where} answers another task than that round's")
         return difference
 
-    def _move(self, number: int, members: Mapping[str, Sequence[int]], steps: Sequence[_Step]) -> None:
+    def _move(self, number: int, line: Mapping[str, Any], steps: Sequence[_Step]) -> None:
         """The server's step: algorithm.md, section 4."""
+        members, privacy = line["members"], self.federation.privacy
         R = sum(omega * penalty for omega, penalty in members.values())
-        move = self._center(steps) + self._correction(members, R)
+        center = self._center(steps) if privacy is None else self._noised(number, line["expected"], steps, privacy)
+        move = center + self._correction(members, R)
         z = self._published.z_hat + self._share(steps, R) * move
         project(z, self.sets)
         difference = (z - self._published.z_hat).astype(np.float32)
@@ -233,6 +249,16 @@ class _Oracle:
             return np.zeros(self.start.size)
         differences = [(one.device, one.difference) for one in steps]
         return fuse(method, lambda: differences, [one.device for one in steps], self.start.size)
+
+    def _noised(self, number: int, expected: float, steps: Sequence[_Step], privacy: Privacy) -> NDArray[np.float64]:
+        """The private mean, with the noise that the key of the folder gives for this sum."""
+        total = np.zeros(self.start.size, np.int64)
+        for one in steps:
+            total += one.omega * one.step
+        rho = penalty_of(fixed_penalty(self.federation.method.rho))
+        std = privacy.std(rho, fraction_bits(np.float32))
+        released = noised(total, std, key=self.key, round_number=number)
+        return _ratio([(1, released)], expected * fixed_penalty(rho))
 
     def _correction(self, members: Mapping[str, Sequence[int]], R: int) -> NDArray[np.float64]:
         """H / R afresh over all members; nothing for the server "mean"."""
@@ -261,7 +287,7 @@ def _matched(number: int, line: Mapping[str, Any], records: Iterator[Record]) ->
             raise _DifferenceError(f"round {number} counts one of device {device} for round {answered}, which is lost")
 
 
-def _ratio(terms: Sequence[tuple[int, FixedVector]], weight: int) -> NDArray[np.float64]:
+def _ratio(terms: Sequence[tuple[int, FixedVector]], weight: float) -> NDArray[np.float64]:
     """sum factor vector / weight, (s,), in the units of theta; summed without a limit where int64 could wrap."""
     wide = sum(abs(factor) * largest(vector) for factor, vector in terms) >= 2**63
     total = np.zeros(terms[0][1].size, object if wide else np.int64)

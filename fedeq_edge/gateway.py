@@ -22,6 +22,7 @@ import numpy as np
 
 from fedeq_edge import orders, settings
 from fedeq_edge.consensus.admm import Consensus
+from fedeq_edge.consensus.privacy import Accountant
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.layout import constraints
 from fedeq_edge.errors import StateError, TransportError
@@ -58,6 +59,7 @@ def federation_of(chosen: AggregatorSettings) -> Federation:
         schedule=chosen.schedule,
         up=chosen.up or (chosen.codec,),
         down=chosen.codec,
+        privacy=chosen.privacy,
         audit=chosen.audit,
         root=Topics(chosen.root) if chosen.root else None,
     )
@@ -72,19 +74,20 @@ def start_of(chosen: AggregatorSettings) -> Vector:
 def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Aggregator:
     """The machine as the folder remembers it, or a new federation. Raises StateError where they do not fit."""
     federation, sets = federation_of(chosen), constraints(chosen.model)
+    method, privacy = federation.method, federation.privacy
     saved = folder.snapshot()
     if saved is None:
-        consensus = Consensus(start_of(chosen), method=federation.method, constraints=sets, duals=folder.duals)
+        consensus = Consensus(start_of(chosen), method=method, constraints=sets, duals=folder.duals, privacy=privacy)
         state = new_state(f"{chosen.federation}-{secrets.token_hex(4)}")
         state.identity = _identity(federation)
     else:
         state, snapshot = saved
         if state.identity != _identity(federation):
             raise StateError(
-                "the state folder holds a federation with another name, model, method, seed or codec; "
+                "the state folder holds a federation with another name, model, method, seed, codec or privacy; "
                 "restore the settings it began with, or begin another federation in another state folder"
             )
-        consensus = Consensus.restore(snapshot, method=federation.method, constraints=sets, duals=folder.duals)
+        consensus = Consensus.restore(snapshot, method=method, constraints=sets, duals=folder.duals, privacy=privacy)
     return Aggregator(
         federation=federation,
         consensus=consensus,
@@ -92,6 +95,7 @@ def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Agg
         boot=secrets.token_hex(8),
         state=state,
         find_blob=folder.find,
+        key=b"" if privacy is None else folder.privacy_key(),
     )
 
 
@@ -109,8 +113,22 @@ def open_root(chosen: AggregatorSettings, folder: AggregatorFolder) -> Root:
 
 def _identity(federation: Federation) -> bytes:
     """Digest of what must not change while duals and sums of the federation live."""
-    fixed = (federation.topics.federation, federation.model, federation.method, federation.seed, federation.down)
+    fixed: tuple[object, ...] = (
+        federation.topics.federation,
+        federation.model,
+        federation.method,
+        federation.seed,
+        federation.down,
+    )
+    if federation.privacy is not None:  # as sums that are out were noised
+        fixed = (*fixed, federation.privacy)
     return hashlib.sha256(msgspec.json.encode(fixed)).digest()
+
+
+def _check_accountant(federation: Federation) -> None:
+    """Epsilon can be told as long as the federation lives. Raises ConfigError."""
+    if federation.privacy is not None:
+        Accountant(federation.privacy).epsilon(planned=1)
 
 
 class Gateway:
@@ -118,7 +136,7 @@ class Gateway:
 
     def __init__(self, path: Path, chosen: AggregatorSettings) -> None:
         # before anything is written
-        chosen.resolved_method()
+        _check_accountant(federation_of(chosen))
         chosen.broker.endpoint().tls_context()
         self._settings = chosen
         self._place = settings.resolve(path, chosen.state)

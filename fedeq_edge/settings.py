@@ -13,11 +13,12 @@ import tomllib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
 from fedeq_edge.consensus.methods import Method, method
+from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.protocol.schedule import Schedule
@@ -84,10 +85,10 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """aggregator.toml: one federation.
 
     [model] is a ModelSpec, [train] a Plan, [schedule] a Schedule. [method] names a preset ("admm", "fedavg", ...) and
-    may change its fields. codec: how differences travel, "int4" for example (wire/coding.py). up: codecs of
-    contributions in the order of preference, where they shall differ from that: a device sends in the first that it
-    speaks. audit: keep every contribution, so that `fedeq aggregator audit` can compute the consensus again.
-    seed: of the initial weights.
+    may change its fields. [privacy], if there is one, is a Privacy: what z tells of a single device is bounded.
+    codec: how differences travel, "int4" for example (wire/coding.py). up: codecs of contributions in the order of
+    preference, where they shall differ from that: a device sends in the first that it speaks. audit: keep every
+    contribution, so that `fedeq aggregator audit` can compute the consensus again. seed: of the initial weights.
     workers: federations of the aggregators whose devices this root adds up; it has no devices of its own. root: the
     federation whose root closes the rounds of this worker. Both have the same [model], [train] rounds, [method], codec
     and seed.
@@ -105,6 +106,7 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     train: Plan = msgspec.field(default_factory=Plan)
     method: dict[str, Any] = msgspec.field(default_factory=dict)
     schedule: Schedule = msgspec.field(default_factory=Schedule)
+    privacy: Privacy | None = None
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
 
     def __post_init__(self) -> None:
@@ -126,6 +128,8 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
             raise ConfigError("root, workers: an aggregator is one or the other; give either the root or the workers")
         if self.audit or self.schedule.mode == "async":
             raise ConfigError('root, workers: they know neither audit = true nor schedule.mode = "async"; leave it out')
+        if self.privacy is not None:
+            raise ConfigError("root, workers: a worker hands over its sum without noise; leave them out, or [privacy]")
         chosen = self.resolved_method()
         if chosen.sees_each or not chosen.exchange:
             raise ConfigError(
@@ -234,9 +238,15 @@ def _check_keys(table: Mapping[str, Any], kind: type[msgspec.Struct], where: str
     for key, value in table.items():
         if key not in fields:
             raise ConfigError(f"{where}: {_unknown(key, fields)}")
-        inner = fields[key]
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+        inner = _table_of(fields[key])
+        if isinstance(value, Mapping) and inner is not None:
             _check_keys(value, inner, f"{where} [{key}]")
+
+
+def _table_of(kind: Any) -> type[msgspec.Struct] | None:
+    """The struct that a table becomes, also where the table may be left out; None for other types."""
+    choices = [choice for choice in (kind, *get_args(kind)) if isinstance(choice, type)]
+    return next((choice for choice in choices if issubclass(choice, msgspec.Struct)), None)
 
 
 def _unknown(key: str, known: Mapping[str, Any] | set[str]) -> str:

@@ -103,6 +103,17 @@ def _show_workers(console: Console, workers: list[str], contributed: list[str]) 
     console.print(f"shares of {len(contributed)} of {len(workers)} workers are in; waits for {', '.join(missing)}")
 
 
+def _privacy(current: dict[str, Any]) -> str:
+    told = current.get("privacy")  # a status that an older version left has none
+    if told is None:
+        return ""
+    return f"; epsilon {told['epsilon']:.3g}, planned {told['planned']:.3g} at delta {told['delta']:g}"
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"  # nobody was drawn for a private round
+
+
 def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     console = Console(stderr=True)
     alive = "running" if current["running"] else "not running"
@@ -113,7 +124,9 @@ def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     if "workers" in current:
         _show_workers(console, current["workers"], current["contributed"])
         return
-    console.print(f"online {len(current['online'])} of {current['members']} members{_denied(current)}")
+    console.print(
+        f"online {len(current['online'])} of {current['members']} members{_denied(current)}{_privacy(current)}"
+    )
     counted = {**current["counters"], **{f"refused: {code}": number for code, number in current["refusals"].items()}}
     console.print(", ".join(f"{name} {number}" for name, number in counted.items() if number) or "nothing counted yet")
     table = Table("round", "contributed", "late", "accuracy", "primal", "dual", "seconds")
@@ -124,7 +137,7 @@ def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
             f"{len(line['contributed'])}/{line['cohort']}",
             str(len(line["late"])),
             f"{sum(told) / len(told):.3f}" if told else "-",
-            f"{line['primal_residual']:.3g}",
+            _known(line["primal_residual"]),
             f"{line['dual_residual']:.3g}",
             f"{line['seconds']:.1f}",
         )

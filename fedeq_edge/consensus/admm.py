@@ -52,6 +52,7 @@ from fedeq_edge.consensus.fixed import (
     scaled,
 )
 from fedeq_edge.consensus.methods import Method
+from fedeq_edge.consensus.privacy import Privacy, Release, clip_factor, noised
 from fedeq_edge.consensus.robust import Contributions, Screen, fuse
 from fedeq_edge.errors import ConfigError, ContributionError
 
@@ -202,16 +203,27 @@ class Consensus:
     z: the start, shape (p,), float32 (float64 in numerical tests); its type is that of `z_hat` and of the duals.
     method: the rule of the server, the penalty rho and the quality weighting. constraints: convex sets that hold z.
     duals: where nu_i is kept; a server "mean" leaves the duals out and keeps none.
+    privacy: every omega_i is 1, every step is bounded, and every sum goes out noised (privacy.py).
     Calls for a device that is no member raise ContributionError with code "not_a_member".
     """
 
     def __init__(
-        self, z: FloatVector, *, method: Method, constraints: Sequence[Constraint] = (), duals: DualStore | None = None
+        self,
+        z: FloatVector,
+        *,
+        method: Method,
+        constraints: Sequence[Constraint] = (),
+        duals: DualStore | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         if z.ndim != 1 or z.size == 0:
             raise ConfigError(f"the consensus starts from shape {z.shape}; give one flat vector of parameters")
         self._bits = fraction_bits(z.dtype)
         self._method = method
+        self._privacy = privacy
+        if privacy is not None:
+            privacy.check(method)
+            self._bound = privacy.bound(self._rho, self._bits)
         self._constraints = tuple(constraints)
         self._duals: DualStore = MemoryDuals() if duals is None else duals
         self._z = z.astype(np.float64)
@@ -347,7 +359,7 @@ class Consensus:
 
         difference: d_i = theta_i - z_hat as the server decoded it, (p,), from whatever z_hat the device started
         at. kappa: the penalty of the task that it answers, which may be older than the one in force.
-        Returns the factor, in 1 / WHOLE, at which it counted: WHOLE, or less where the method clips. The client moves
+        Returns the factor, in 1 / WHOLE, at which it counted: WHOLE, or less where it was clipped. The client moves
         its dual by `scaled(difference, factor)`.
         Raises ContributionError "wrong_shape", "not_finite", "bad_penalty", "too_large", "norm_bound" or
         "direction_bound", and then nothing has changed.
@@ -356,7 +368,7 @@ class Consensus:
         exact = self._checked(device, difference).astype(np.float64)
         penalty = _checked_penalty(device, kappa)
         square = _square(device, exact)
-        factor = self._screen.factor(device, exact, math.sqrt(square))
+        factor = self._factor(device, exact, kappa, math.sqrt(square))
         step = self._step(device, exact, kappa, factor)
         arrival = Arrival(device=device, omega=member.omega, penalty=penalty, factor=factor, square=square)
         self._take_in(arrival, step)
@@ -389,7 +401,7 @@ class Consensus:
         devices is retired or weighs otherwise. Raises ContributionError "bad_sum" or "too_large", and then nothing has
         changed, and ConfigError where the method must see every single contribution.
         """
-        if self._method.sees_each:
+        if self._method.sees_each or self._privacy is not None:
             raise ConfigError(f"method {self._method.name} bounds single contributions; give it no sums of several")
         self._check_sum(partial)
         for device in partial.devices:
@@ -460,6 +472,7 @@ class Consensus:
         *,
         contributions: Contributions | None = None,
         relaxed: bool = False,
+        release: Release | None = None,
     ) -> RoundReport:
         """z has made its step and lies within the constraints, z_hat is published, and a new round may open.
 
@@ -469,13 +482,16 @@ class Consensus:
         contributions: the differences of this round again, for `robust` "trimmed" and "median".
         relaxed: z makes only the share of its step that the contributors have of R. For closes after a few
         contributions that started from different z: each of them in full overshoots, and diverges.
+        release: needed under `privacy`, where also a round to which nobody contributed moves z, by the noise alone:
+        that nobody was there is a secret, too.
         """
         share = min(1.0, self._weight / self._R) if relaxed and self._R else 1.0
         previous, previous_hat = self._z, self._z_hat
         contributors = self._contributors()
-        center = self._center(contributions) if contributors else np.zeros(self._z.size)
+        moves = bool(contributors) or release is not None
+        center = self._center(contributions, release) if moves else np.zeros(self._z.size)
         correction = self._close_sums()
-        if contributors:
+        if moves:
             self._z = self._z_hat + share * (center + correction)
             project(self._z, self._constraints)
             self._publish(transmit)
@@ -521,10 +537,11 @@ class Consensus:
         method: Method,
         constraints: Sequence[Constraint] = (),
         duals: DualStore | None = None,
+        privacy: Privacy | None = None,
     ) -> "Consensus":
-        """A consensus that continues bit for bit; method, constraints and duals are those of the snapshot's owner."""
+        """A consensus that continues bit for bit; all but the snapshot are those of its owner."""
         arrays, scalars = snapshot["arrays"], snapshot["scalars"]
-        restored = cls(arrays["z_hat"], method=method, constraints=constraints, duals=duals)
+        restored = cls(arrays["z_hat"], method=method, constraints=constraints, duals=duals, privacy=privacy)
         restored._z, restored._z_hat = arrays["z"].copy(), arrays["z_hat"].copy()
         restored._H, restored._S = ExactSum(arrays["H"]), ExactSum(arrays["S"])
         restored._R, restored._weight = int(scalars["R"]), int(scalars["weight"])
@@ -576,7 +593,16 @@ class Consensus:
         omega, penalty = quality.weights(
             member.samples, member.quality, rho=self._method.rho, exponent=self._method.exponent
         )
-        return replace(member, omega=omega, penalty=penalty)
+        return replace(member, omega=omega if self._privacy is None else 1, penalty=penalty)
+
+    @property
+    def _rho(self) -> float:
+        return penalty_of(fixed_penalty(self._method.rho))
+
+    def _factor(self, device: str, exact: NDArray[np.float64], kappa: float, norm: float) -> int:
+        if self._privacy is None:
+            return self._screen.factor(device, exact, norm)
+        return clip_factor(self._step(device, exact, kappa, WHOLE), self._bound)
 
     def _reweigh(self, device: str, member: Member) -> None:
         old, new = self._members[device], self._weighed(member)
@@ -643,27 +669,36 @@ class Consensus:
             self._look_at_total(f"device {device}", vector, factor)
         self._H.add(vector, factor, magnitude)
 
-    def _center(self, contributions: Contributions | None) -> NDArray[np.float64]:
+    def _center(self, contributions: Contributions | None, release: Release | None) -> NDArray[np.float64]:
         """The mean of the round's differences, or what stands in for it, (p,)."""
+        if self._privacy is not None:
+            return self._private_mean(self._privacy, release)
         if self._method.robust not in ("trimmed", "median"):
-            return self._ratio(self._S, self._weight)
+            return self._ratio(self._S.values, self._weight)
         if self._screen.measuring:
             return np.zeros(self._z.size)
         if contributions is None:
             raise ConfigError(f'method {self._method.name}: robust = "{self._method.robust}" needs all contributions')
         return fuse(self._method, contributions, self._contributors(), self._z.size)
 
+    def _private_mean(self, privacy: Privacy, release: Release | None) -> NDArray[np.float64]:
+        if release is None:
+            raise ConfigError("a private round closes with the key of its noise; give close_round its release")
+        std = privacy.std(self._rho, self._bits)
+        total = noised(self._S.values, std, key=release.key, round_number=release.round_number)
+        return self._ratio(total, release.expected * fixed_penalty(self._rho))
+
     def _close_sums(self) -> NDArray[np.float64]:
         """H holds this round's sum. Returns H / R, (p,)."""
         if not self._adds_duals:
             return np.zeros(self._z.size)
         self._H.add(self._S.values, 1, self._S.bound)
-        return self._ratio(self._H, self._R) if self._R else np.zeros(self._z.size)
+        return self._ratio(self._H.values, self._R) if self._R else np.zeros(self._z.size)
 
-    def _ratio(self, total: ExactSum, weight: int) -> NDArray[np.float64]:
+    def _ratio(self, total: FixedVector, weight: float) -> NDArray[np.float64]:
         """total / weight in the units of theta, (p,)."""
         unit = 2.0 ** (PENALTY_BITS - self._bits)
-        ratio: NDArray[np.float64] = total.values.astype(np.float64) * unit / float(weight)
+        ratio: NDArray[np.float64] = total.astype(np.float64) * unit / float(weight)
         return ratio
 
     def _close_screen(self, contributors: tuple[str, ...], step: FloatVector) -> None:

@@ -1,6 +1,7 @@
 """Client-level differential privacy in the centre: a bound on each contribution, Gaussian noise on their sum.
 
-    step_i <- step_i min(1, bound / |step_i|),    S = sum_i step_i + N(0, (noise_multiplier bound)^2),
+    step_i = rint(f_i kappa d_i),  f_i <= 1 such that |step_i| <= bound
+    S = sum_i step_i + N(0, (noise_multiplier bound)^2)
     z <- z_hat + S / (expected contributors * kappa)
 
 (McMahan et al., Learning Differentially Private Recurrent Language Models, ICLR 2018.) What z tells about whether a
@@ -18,7 +19,12 @@ is post-processing, but that noise would never leave z again: H would walk away 
 sqrt(rounds). And the exact omega_i nu_i of a retired device may not be taken out, as nobody has noised it. A client's
 own dual is no release: it moves by the bounded step on both sides.
 
+What is not taken: a second contribution of a device in one round, and one that comes after its round has closed, as
+either would bring a device into a sum twice, or into one that it was not drawn for. A round that lacks its quorum asks
+everybody else as well (schedule.py), and so counts as one in which everybody was asked.
+
 Not covered: losses, residuals, sample counts and other figures that devices report. They go to the aggregator alone.
+Nor how many devices are online, which is in the divisor, and whether a round reached its quorum: both are public here.
 Where the cohort is sampled, epsilon counts on nobody but the aggregator knowing who was in it.
 
 Rounding. The sum is of integers, so adding the rounded noise is the same as rounding after adding: post-processing. One
@@ -26,15 +32,18 @@ unit is far coarser than the spacing of float64 at the size of the noise (std be
 pattern out of the released bits (Mironov, On Significance of the Least Significant Bits, CCS 2012).
 """
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedeq_edge.consensus.fixed import WHOLE, fraction_bits
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.errors import ConfigError
 
@@ -43,8 +52,6 @@ if TYPE_CHECKING:
 
 Steps = NDArray[np.int64]
 Sampling = Literal["poisson", "fixed"]
-FACTOR_BITS: Final = 16
-WHOLE: Final = 1 << FACTOR_BITS
 _NOISE_STD_MOST: Final = 2.0**50
 # The library's own orders, without those below 2, where its series may not converge; they matter beyond epsilon 60.
 _ORDERS: Final = (*(1 + x / 10 for x in range(10, 100)), *range(11, 64), 128, 256, 512, 1024)
@@ -65,10 +72,10 @@ class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sampling: Sampling = "poisson"
 
     def __post_init__(self) -> None:
-        for field in ("clip", "noise_multiplier"):
-            value = getattr(self, field)
+        for name in ("clip", "noise_multiplier"):
+            value = getattr(self, name)
             if not (value > 0.0 and math.isfinite(value)):
-                raise ConfigError(f"privacy: {field} is {value}; give a finite number above 0")
+                raise ConfigError(f"privacy: {name} is {value}; give a finite number above 0")
         if not 0.0 < self.delta < 1.0:
             raise ConfigError(f"privacy: delta is {self.delta}; give a number between 0 and 1, such as 1e-5")
 
@@ -84,6 +91,12 @@ class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"privacy: method {method.name} weighs devices by {method.quality!r}, so they have no common bound; "
                 'set quality = "uniform"'
             )
+        if method.sees_each:
+            raise ConfigError(
+                f"privacy: method {method.name} compares devices with each other, and what it leaves out would tell of "
+                'the others; set robust = "none", and neither norm_limit nor min_cosine'
+            )
+        self.bound(method.rho, fraction_bits(np.float32))
 
     def bound(self, kappa: float, bits: int) -> int:
         """The clip in units 2^-bits of a dual step, floor(kappa clip 2^bits). Raises ConfigError for 0 or too much."""
@@ -95,22 +108,52 @@ class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             )
         return bound
 
+    def std(self, kappa: float, bits: int) -> float:
+        """Standard deviation of the noise on a sum, in units of 2^-bits. Raises ConfigError as `bound` does."""
+        return self.noise_multiplier * self.bound(kappa, bits)
+
+    def draw(
+        self, devices: Sequence[str], share: float, *, key: bytes, round_number: int
+    ) -> tuple[tuple[str, ...], "Draw"]:
+        """The cohort of a round, the same after a restart, and how it was drawn: may be empty under "poisson".
+
+        devices: who can be asked, at least one. share: of them that are asked on average, above 0, at most 1.
+        """
+        if self.sampling == "poisson":
+            cohort = poisson_cohort(devices, share, key=key, round_number=round_number)
+            return cohort, Draw(rate=share, expected=share * len(devices))
+        size = max(1, round(share * len(devices)))
+        cohort = fixed_cohort(devices, size, key=key, round_number=round_number)
+        return cohort, Draw(rate=size / len(devices), expected=float(size))
+
+
+class Draw(msgspec.Struct, frozen=True, kw_only=True):
+    """How the cohort of a round was drawn. rate: the chance of a device to be in it. expected: its size on average."""
+
+    rate: float
+    expected: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """What it takes to let out the sum of one round: the key of its noise, and the divisor of its mean."""
+
+    key: bytes = field(repr=False)
+    round_number: int
+    expected: float
+
 
 def clip_factor(step: Steps, bound: int) -> int:
-    """The largest factor in steps of 2^-16 that surely brings `step`, (p,), to a Euclidean norm of `bound`.
+    """A factor f in units of 2^-16 for which rint(f kappa d), (p,), surely has a Euclidean norm of at most `bound`.
 
-    In units of 2^-16, 0 to 65536: an integer, so that device and aggregator shorten the same step to the same bits.
+    step: rint(kappa d), what the dual would move by. 65536 where that is short enough, else below the largest such
+    factor by no more than the two roundings, sqrt(p) units together, make uncertain.
     """
     norm = float(np.linalg.norm(step.astype(np.float64))) * (1.0 + 1e-9)  # more than float64 can be wrong by
-    return WHOLE if norm <= bound else math.floor(WHOLE * (bound / norm))
-
-
-def clipped(step: Steps, factor: int) -> Steps:
-    """`step` times factor / 65536, rounded towards 0 so that rounding adds nothing to its norm. Exact, no overflow."""
-    size = np.abs(step)
-    shortened = (size >> FACTOR_BITS) * factor + ((size & (WHOLE - 1)) * factor >> FACTOR_BITS)
-    result: Steps = np.sign(step) * shortened
-    return result
+    if norm <= bound:
+        return WHOLE
+    room = max(bound - math.sqrt(step.size), 0.0)
+    return math.floor(WHOLE * (room / norm))
 
 
 def noised(total: Steps, std: float, *, key: bytes, round_number: int) -> Steps:
@@ -128,6 +171,12 @@ def noised(total: Steps, std: float, *, key: bytes, round_number: int) -> Steps:
 def poisson_cohort(devices: Iterable[str], rate: float, *, key: bytes, round_number: int) -> tuple[str, ...]:
     """Each device with probability `rate`, independently: the cohort of this round, the same after a restart."""
     return tuple(device for device in devices if _uniform(_keyed(b"cohort", key, round_number), device) < rate)
+
+
+def fixed_cohort(devices: Iterable[str], size: int, *, key: bytes, round_number: int) -> tuple[str, ...]:
+    """`size` of the devices, every such set with the same chance; the same after a restart."""
+    prefix = _keyed(b"cohort", key, round_number)
+    return tuple(sorted(sorted(devices, key=lambda device: _uniform(prefix, device))[:size]))
 
 
 class Accountant:
@@ -158,10 +207,11 @@ class Accountant:
         rounds = self.history
         if planned:
             rounds[rate] = rounds.get(rate, 0) + planned
-        return _spent(self._privacy, rounds) if rounds else 0.0
+        return _spent(self._privacy, tuple(sorted(rounds.items()))) if rounds else 0.0
 
 
-def _spent(privacy: Privacy, rounds: Mapping[float, int]) -> float:
+@functools.lru_cache(maxsize=16)  # a status is written twice a second, and epsilon moves once a round
+def _spent(privacy: Privacy, rounds: tuple[tuple[float, int], ...]) -> float:
     try:
         import dp_accounting as dp  # noqa: PLC0415  # brings scipy: 2 s and 70 MB for who asks for privacy
         from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
@@ -170,7 +220,7 @@ def _spent(privacy: Privacy, rounds: Mapping[float, int]) -> float:
     relation = dp.NeighboringRelation
     neighbours = relation.ADD_OR_REMOVE_ONE if privacy.sampling == "poisson" else relation.REPLACE_ONE
     accountant = RdpAccountant(_ORDERS, neighbours)
-    for rate, count in rounds.items():
+    for rate, count in rounds:
         accountant.compose(_event(privacy, rate), count)
     return float(accountant.get_epsilon(privacy.delta))
 

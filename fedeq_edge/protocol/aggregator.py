@@ -12,6 +12,8 @@ Rule 2: `Snapshot` is taken whenever anything but a contribution has changed the
 (after joins, before tasks), is extended, or a member joins anew, retires or changes its weight. Snapshot plus the
 contributions stored since, in order of storing, is the whole state: `replay` brings a killed aggregator back to where
 it was.
+In a private federation one more `Snapshot` stands between the close of a round and the first word of what it made:
+a sum that is out is spent, and must not be made again with a contribution more.
 Rule 3: what a device says is checked before it is used; a refusal has a code, is counted, named and answered, and the
 round goes on. The device is the one in the topic.
 Rule 4: a task names the dual that counts here. A device that holds another one says so before it trains, has lost its
@@ -31,6 +33,7 @@ import msgspec
 
 from fedeq_edge.consensus.admm import Consensus, DualStore
 from fedeq_edge.consensus.fixed import WHOLE
+from fedeq_edge.consensus.privacy import Accountant
 from fedeq_edge.errors import ContributionError, RemoteWireError, StateError, WireError
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
 from fedeq_edge.protocol.federation import Federation
@@ -72,6 +75,7 @@ class Aggregator:
     boot: str
     state: AggregatorState
     find_blob: FindBlob = lambda _device, _round: None
+    key: bytes = field(default=b"", repr=False)  # 32 secret bytes, of a private federation
     refusals: Counter[str] = field(default_factory=Counter)
     counters: Counters = field(default_factory=Counters)
     reports: dict[str, messages.Report] = field(default_factory=dict)
@@ -96,7 +100,7 @@ class Aggregator:
         steps = schedule.late_rounds if schedule.mode == "async" else 1
         self._published = Publication(state.run, consensus.z_hat, state.round, steps_kept=steps)
         self._roster = Roster(self.federation.schedule, state.denied)
-        self._rounds = Rounds(self.federation, consensus, state, self._roster, self._published)
+        self._rounds = Rounds(self.federation, consensus, state, self._roster, self._published, self.key)
         self._intake = Intake(self.federation, consensus, state)
         self._uploads = Uploads(self._intake.limit_bytes)
         if self.federation.root is not None:
@@ -238,6 +242,7 @@ class Aggregator:
             "extensions": self._rounds.extensions if is_open else 0,
             "refusals": dict(self.refusals),
             "denied": sorted(state.denied),
+            "privacy": self._privacy(),
             "counters": {
                 **{name: getattr(self.counters, name) for name in Counters.__slots__},
                 "repeated_bytes": self._downloads.repeated_bytes,
@@ -246,6 +251,20 @@ class Aggregator:
             "downloads": {"granted": len(self._downloads), "waiting": self._downloads.waiting},
             "reported": sorted(self.reports),
             "handed_over": bool(state.handed),
+        }
+
+    def _privacy(self) -> dict[str, float] | None:
+        """Epsilon of what is out, and of all rounds if none is extended; None where nothing is promised."""
+        privacy, schedule = self.federation.privacy, self.federation.schedule
+        if privacy is None:
+            return None
+        accountant = Accountant(privacy, self.state.spent)
+        rate = 1.0 if schedule.selects else schedule.fraction
+        left = max(self.federation.rounds - sum(self.state.spent.values()), 0)
+        return {
+            "epsilon": accountant.epsilon(),
+            "planned": accountant.epsilon(planned=left, rate=rate),
+            "delta": privacy.delta,
         }
 
     # Messages
@@ -517,6 +536,8 @@ class Aggregator:
             return
         line = self._rounds.close(now, lambda: self._intake.differences(self._blob_of))
         self._actions.append(Record(line=line))
+        if self.federation.privacy is not None:
+            self._snapshot()
         self._publish_step()
         if self.state.round >= self.federation.rounds:
             self._finish(now)

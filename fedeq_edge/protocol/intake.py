@@ -124,6 +124,8 @@ class Intake:
         if message.round not in state.bases:
             oldest = min(state.bases, default=state.round)
             raise ContributionError("round", f"{where}; rounds {oldest} to {state.round} are taken now")
+        if self.federation.privacy is not None:
+            self._check_first(device, message.round)
         kappa = state.issued.get(message.round, {}).get(device)
         if kappa is None:
             raise ContributionError("not_asked", f"{where}, which did not ask it")
@@ -137,3 +139,14 @@ class Intake:
                 f"{' or '.join(self.federation.up)}; was it started with another model file?",
             )
         return kappa
+
+    def _check_first(self, device: str, number: int) -> None:
+        """It answers the open round, and for the first time: more of a device in one sum than the noise hides."""
+        state = self.state
+        if not (state.open and number == state.round):
+            raise ContributionError(
+                "late",
+                f"device {device}: contribution for round {number} came after the close of that private round",
+            )
+        if device in state.contributed:
+            raise ContributionError("twice", f"device {device}: it is in the private sum of round {number} already")

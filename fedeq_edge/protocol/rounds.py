@@ -14,6 +14,7 @@ import msgspec
 
 from fedeq_edge.consensus import quality
 from fedeq_edge.consensus.admm import Consensus, RoundReport, Share
+from fedeq_edge.consensus.privacy import Accountant, Draw, Release
 from fedeq_edge.consensus.robust import Contributions
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.publication import Publication
@@ -36,6 +37,7 @@ class Rounds:
     state: AggregatorState
     roster: Roster
     published: Publication
+    key: bytes = field(default=b"", repr=False)  # of noise and cohorts, in a private federation
     declined: dict[str, str] = field(default_factory=dict)
     extensions: int = 0
     connected_at: float = 0.0
@@ -62,7 +64,7 @@ class Rounds:
         devices = self.roster.askable()
         if schedule.mode == "async":
             devices = [device for device in devices if not self._busy(device)]
-        cohort = schedule.cohort(devices, state.round + 1) if devices else ()
+        cohort = self._cohort(devices, state.round + 1) if devices else ()
         state.status, state.open, state.round, state.cohort = "running", True, state.round + 1, cohort
         self.consensus.open_round(cohort)
         state.bases[state.round] = self.published.base
@@ -123,6 +125,8 @@ class Rounds:
 
     def due(self, now: float) -> Literal["close", "extend"] | None:
         """What the open round calls for now."""
+        if self.state.draw is not None and not self.state.cohort:
+            return "close"  # nobody was drawn, and that is a secret: the sum of nobody goes out under its noise
         progress = Progress(
             cohort=self.state.cohort,
             contributed=self.state.contributed,
@@ -142,6 +146,8 @@ class Rounds:
         self.join_newcomers()
         for device in self.roster.askable():
             self.invite(device)
+        if self.state.draw is not None:
+            self.state.draw = Draw(rate=1.0, expected=float(len(self.state.cohort)))
 
     # Closing
 
@@ -152,7 +158,9 @@ class Rounds:
         """
         audit = self._audit() if self.federation.audit else {}
         relaxed = self.federation.schedule.mode == "async"
-        report = self.consensus.close_round(self._transmit, contributions=contributions, relaxed=relaxed)
+        report = self.consensus.close_round(
+            self._transmit, contributions=contributions, relaxed=relaxed, release=self._release()
+        )
         self._move_quality()
         line = {**self._line(report, now), **audit}
         self._end()
@@ -174,7 +182,7 @@ class Rounds:
 
     def _end(self) -> None:
         state = self.state
-        state.open, state.cohort = False, ()
+        state.open, state.cohort, state.draw = False, (), None
         state.contributed, state.late, state.accepted, state.started = {}, {}, [], []
 
     def _transmit(self, difference: Vector) -> Vector:
@@ -183,6 +191,25 @@ class Rounds:
     def arrived(self) -> dict[str, Metrics]:
         """What each device said last with a contribution since the last close."""
         return {**self.state.late, **self.state.contributed}
+
+    def _cohort(self, devices: list[str], number: int) -> tuple[str, ...]:
+        privacy, schedule = self.federation.privacy, self.federation.schedule
+        if privacy is None:
+            return schedule.cohort(devices, number)
+        cohort, draw = privacy.draw(devices, schedule.fraction, key=self.key, round_number=number)
+        # a rate below 1 counts on chance alone, so that nobody can guess who was asked
+        self.state.draw = msgspec.structs.replace(draw, rate=1.0) if schedule.selects else draw
+        return cohort
+
+    def _release(self) -> Release | None:
+        """Of the sum of this round, which is spent from here on; None in a federation that promises nothing."""
+        privacy, draw = self.federation.privacy, self.state.draw
+        if privacy is None or draw is None:
+            return None
+        accountant = Accountant(privacy, self.state.spent)
+        accountant.record(draw.rate)
+        self.state.spent = accountant.history
+        return Release(key=self.key, round_number=self.state.round, expected=draw.expected)
 
     def _busy(self, device: str) -> bool:
         """Whether it works on a task whose contribution would still be taken."""
@@ -237,6 +264,7 @@ class Rounds:
             "members": {device: list(self.consensus.weights(device)) for device in self.consensus.members},
             "accepted": [list(entry) for entry in self.state.accepted],
             "started": [list(entry) for entry in self.state.started],
+            "expected": None if self.state.draw is None else self.state.draw.expected,
         }
 
 

@@ -59,6 +59,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.mode == "async" and self.fraction != 1.0:
             raise ConfigError('schedule.fraction has no meaning with mode = "async", which asks whoever is idle')
 
+    @property
+    def selects(self) -> bool:
+        """Whether anything but chance decides who is asked."""
+        return bool(self.profiles) or self.battery_percent > 0.0 or self.data_age_s is not None
+
     def may_be_asked(self, birth: Birth, battery: float | None) -> bool:
         """Whether this device takes part as it is now. battery: percent as last heard, None on mains or unknown."""
         if self.profiles and birth.profile not in self.profiles:

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 
 from fedeq_edge.consensus.fixed import WHOLE, FixedVector, dual_step, fixed_penalty, fraction_bits, scaled
+from fedeq_edge.consensus.privacy import Draw
 from fedeq_edge.training.step import Vector
 from fedeq_edge.wire import coding, messages
 from fedeq_edge.wire.messages import Metrics, Status
@@ -99,6 +100,8 @@ class AggregatorState(msgspec.Struct, kw_only=True):
     arrival: those to this round, and those to earlier ones.
     accepted: (device, round, weight) of each of them. started: (device, how many of them it had made by then) where a
     dual has begun at zero since.
+    draw: how the cohort of the open round was drawn, and spent: sampling rate -> rounds whose sum was let out; both for
+    a private federation alone.
     identity: digest of what is fixed for the life of the federation.
     Of a worker: handed: the share that its root has not answered, as a blob, empty without one. root_run, root_round:
     run of that root, and the last round of its that z_hat holds.
@@ -117,6 +120,8 @@ class AggregatorState(msgspec.Struct, kw_only=True):
     late: dict[str, Metrics] = msgspec.field(default_factory=dict)
     accepted: list[tuple[str, int, int]] = msgspec.field(default_factory=list)
     started: list[tuple[str, int]] = msgspec.field(default_factory=list)
+    draw: Draw | None = None
+    spent: dict[float, int] = msgspec.field(default_factory=dict)
     identity: bytes = b""
     handed: bytes = b""
     root_run: str = ""

@@ -10,11 +10,12 @@ An aggregator's folder:
                             below are part of it
     contributions/N.log     the contributions, in the order in which they were accepted (contributions.py)
     duals/ID.VERSION        nu of each member at one moment; the contributions that moved it since are in the log
+    privacy.key             of a private federation: from it and the sums come the noise and the cohorts
     rounds.jsonl            history, one line a round and a report
     status.json             for people and programs that look
 """
 
-from fedeq_edge.storage.aggregator import AggregatorFolder
+from fedeq_edge.storage.aggregator import AggregatorFolder, privacy_key
 from fedeq_edge.storage.client import ClientFolder
 from fedeq_edge.storage.contributions import Record, audit_trail
 from fedeq_edge.storage.duals import DiskDuals
@@ -31,6 +32,7 @@ __all__ = [
     "history",
     "load",
     "locked",
+    "privacy_key",
     "save",
     "write_atomically",
 ]

@@ -1,19 +1,24 @@
 """An aggregator's folder: snapshot, contributions, duals, history and status."""
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from numpy.typing import NDArray
 
 from fedeq_edge.consensus.fixed import WHOLE, fixed_penalty
+from fedeq_edge.errors import StateError
 from fedeq_edge.protocol.state import AggregatorState
 from fedeq_edge.storage.contributions import FIRST, ContributionLog, Place, Record
 from fedeq_edge.storage.duals import DiskDuals, Dual
-from fedeq_edge.storage.files import load, save
+from fedeq_edge.storage.files import damaged, load, read_sealed, save, sealed, write_atomically
 from fedeq_edge.storage.status import History, write_status
+
+_KEY: Final = "privacy.key"
+_KEY_BYTES: Final = 32
 
 
 class _Saved(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +55,19 @@ class AggregatorFolder:
         if self._saved is None:
             return None
         return self._saved.state, {"arrays": self._saved.arrays, "scalars": json.loads(self._saved.scalars)}
+
+    def privacy_key(self) -> bytes:
+        """The secret of a private federation, made with a new folder.
+
+        Raises StateError where an older folder has lost it: fresh noise on sums that are out would take it off them.
+        """
+        key = privacy_key(self._folder)
+        if key is None and self._saved is not None:
+            raise StateError(f"{self._folder / _KEY} is gone; restore the whole folder from a backup, or begin another")
+        if key is None:
+            key = secrets.token_bytes(_KEY_BYTES)
+            write_atomically(self._folder / _KEY, b"".join(sealed(key)), mode=0o600)
+        return key
 
     def journal(self) -> Iterator[tuple[str, bytes]]:
         """(device, blob) of the contributions since the snapshot, in the order in which they were accepted.
@@ -110,3 +128,11 @@ class AggregatorFolder:
     def write_status(self, status: Mapping[str, object]) -> None:
         """What `fedeq aggregator status` shows; readers never see half a file."""
         write_status(self._folder, status)
+
+
+def privacy_key(folder: Path) -> bytes | None:
+    """The secret in an aggregator's folder, None where there is none. Raises StateError where it is damaged."""
+    key = read_sealed(folder / _KEY)
+    if key is not None and len(key) != _KEY_BYTES:
+        raise damaged(folder / _KEY, f"it holds {len(key)} bytes")
+    return key

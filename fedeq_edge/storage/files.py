@@ -19,11 +19,15 @@ _LIMIT_BYTES: Final = 2**31  # a state file beyond this is not ours
 T = TypeVar("T")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """`path` holds `content`, on the disk, or what it held before. Raises StateError where the disk refuses."""
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """`path` holds `content`, on the disk, or what it held before. Raises StateError where the disk refuses.
+
+    mode: who may read and write a new file, less the umask; 0o600 for secrets.
+    """
     neighbour = path.with_name(f".{path.name}.new")
     with writing(path):
-        with neighbour.open("wb") as output:
+        handle = os.open(neighbour, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(handle, "wb") as output:
             output.write(content)
             output.flush()
             os.fsync(output.fileno())

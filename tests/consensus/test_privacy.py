@@ -2,18 +2,22 @@ import math
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from fedeq_edge.consensus import METHODS
-from fedeq_edge.consensus.privacy import WHOLE, Accountant, Privacy, clip_factor, clipped, noised, poisson_cohort
+from fedeq_edge.consensus import METHODS, dual_step, scaled
+from fedeq_edge.consensus.fixed import WHOLE
+from fedeq_edge.consensus.privacy import Accountant, Privacy, clip_factor, fixed_cohort, noised, poisson_cohort
 from fedeq_edge.errors import ConfigError
 
 KEY = bytes(range(32))
-steps = st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=20).map(lambda drawn: np.array(drawn, np.int64))
+differences = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20).map(
+    lambda drawn: np.array(drawn, np.float32)
+)
 
 
 def squared_norm(step: np.ndarray) -> int:
@@ -24,29 +28,23 @@ def squared_norm(step: np.ndarray) -> int:
 # ---- clipping ----------------------------------------------------------------------------------------------
 
 
-@given(step=steps, bound=st.integers(1, 2**46))
-def test_no_step_is_longer_than_the_bound_once_clipped(step: np.ndarray, bound: int) -> None:
-    assert squared_norm(clipped(step, clip_factor(step, bound))) <= bound**2
-
-
-@given(step=steps, factor=st.integers(0, WHOLE))
-def test_clipping_is_the_exact_product_rounded_towards_zero(step: np.ndarray, factor: int) -> None:
-    expected = [int(math.copysign(1, value)) * (abs(int(value)) * factor >> 16) for value in step]
-    assert clipped(step, factor).tolist() == expected
+@given(difference=differences, kappa=st.sampled_from([2.0**-20, 0.25, 1.0]), bound=st.integers(1, 2**46))
+def test_no_dual_moves_farther_than_the_bound(difference: np.ndarray, kappa: float, bound: int) -> None:
+    factor = clip_factor(dual_step(difference, kappa, 32), bound)
+    assert squared_norm(dual_step(scaled(difference, factor), kappa, 32)) <= bound**2
 
 
 def test_a_step_within_the_bound_passes_untouched() -> None:
     step = np.array([3, -4], np.int64) * 2**20
-    assert clip_factor(step, 6 * 2**20) == WHOLE
-    assert np.array_equal(clipped(step, WHOLE), step)
+    assert clip_factor(step, 5 * 2**20 + 1) == WHOLE
     assert clip_factor(np.zeros(2, np.int64), 1) == WHOLE
 
 
-def test_the_factor_is_the_largest_that_fits() -> None:
-    step = np.array([3, -4], np.int64) * 2**20
-    factor = clip_factor(step, 2**20)
+def test_the_factor_is_the_largest_that_surely_fits() -> None:
+    difference = np.array([3.0, -4.0], np.float32)
+    factor = clip_factor(dual_step(difference, 1.0, 32), 2**32)
     assert factor == WHOLE // 5
-    assert squared_norm(step) * (factor + 1) ** 2 > 2**40 * WHOLE**2
+    assert squared_norm(dual_step(scaled(difference, factor + 1), 1.0, 32)) > 2**64
 
 
 # ---- noise -------------------------------------------------------------------------------------------------
@@ -166,6 +164,25 @@ def test_a_poisson_cohort_asks_each_device_by_itself_and_is_the_same_after_a_res
     assert poisson_cohort(fleet, 1.0, key=KEY, round_number=0) == tuple(fleet)
 
 
+def test_a_cohort_of_fixed_size_is_uniform_and_the_same_after_a_restart() -> None:
+    fleet = [f"d{number}" for number in range(10)]
+    drawn = [fixed_cohort(fleet, 3, key=KEY, round_number=number) for number in range(2000)]
+    assert drawn == [fixed_cohort(fleet[::-1], 3, key=KEY, round_number=number) for number in range(2000)]
+    assert {len(set(cohort)) for cohort in drawn} == {3}
+    counts = np.array([sum(device in cohort for cohort in drawn) for device in fleet])
+    assert np.abs(counts - 600).max() < 5 * math.sqrt(2000 * 0.3 * 0.7)
+
+
+def test_a_draw_tells_the_rate_and_the_size_that_is_expected() -> None:
+    fleet = ["a", "b", "c"]
+    _, poisson = Privacy(clip=1.0, noise_multiplier=1.0).draw(fleet, 0.5, key=KEY, round_number=1)
+    assert (poisson.rate, poisson.expected) == (0.5, 1.5)
+    fixed = Privacy(clip=1.0, noise_multiplier=1.0, sampling="fixed")
+    cohort, draw = fixed.draw(fleet, 0.1, key=KEY, round_number=1)
+    assert (len(cohort), draw.expected) == (1, 1.0)
+    assert draw.rate == pytest.approx(1 / 3)  # of three, not the tenth that nobody can be
+
+
 def test_the_bound_is_the_clip_in_units_of_a_dual_step() -> None:
     privacy = Privacy(clip=2.0, noise_multiplier=1.0)
     assert privacy.bound(0.25, 32) == 2**31
@@ -183,6 +200,10 @@ def test_methods_whose_sums_no_bound_holds_are_refused_by_name() -> None:
         privacy.check(METHODS["admm"])
     with pytest.raises(ConfigError, match="quality"):
         privacy.check(METHODS["quality-average"])
+    with pytest.raises(ConfigError, match='set robust = "none"'):
+        privacy.check(msgspec.structs.replace(METHODS["fedavg"], robust="median"))
+    with pytest.raises(ConfigError, match=r"clip 1\.0 times kappa 1e-11 is 0 units"):
+        privacy.check(msgspec.structs.replace(METHODS["fedavg"], rho=1e-11))
 
 
 @pytest.mark.parametrize(

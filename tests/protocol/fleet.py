@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fedeq_edge import structs
 from fedeq_edge.consensus.admm import Consensus, DualStore, MemoryDuals
 from fedeq_edge.consensus.methods import METHODS, Method
+from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.protocol.actions import (
     AggregatorAction,
     ClientAction,
@@ -51,6 +52,7 @@ from fedeq_edge.wire.topics import Topics
 TOPICS = Topics("t")
 ADMM = msgspec.structs.replace(METHODS["admm"], rho=1.0, quality="uniform")
 SIZE = 12
+KEY = bytes(range(32))
 PATIENCE_S = 20_000.0  # of the fake clock
 
 
@@ -232,6 +234,7 @@ class Fleet:
     codec: coding.Codec = "f32"
     up: tuple[coding.Codec, ...] = ()  # as codec
     method: Method = ADMM
+    privacy: Privacy | None = None
     schedule: Schedule | None = None
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     folder: Path | None = None
@@ -281,6 +284,7 @@ class Fleet:
             schedule=self.schedule or Schedule(min_devices=len(self.problem.samples), deadline_s=40.0, final_s=60.0),
             up=self.up or (self.codec,),
             down=self.codec,
+            privacy=self.privacy,
         )
 
     # Time
@@ -340,6 +344,7 @@ class Fleet:
             boot=f"a{self.kills}",
             state=state,
             find_blob=self._disk.find if self._disk else self._find,
+            key=self._disk.privacy_key() if self._disk else KEY,
         )
         self.finished = state.status == "finished"
         if self._disk:
@@ -356,8 +361,10 @@ class Fleet:
     def _restored(self, saved: tuple[AggregatorState, dict[str, Any]] | None) -> tuple[Consensus, AggregatorState]:
         if saved is None:
             start = np.zeros(self.problem.centre.shape[1], np.float32)
-            return Consensus(start, method=self.method, duals=self.duals), new_state(self.run_name)
-        return Consensus.restore(saved[1], method=self.method, duals=self.duals), saved[0]
+            consensus = Consensus(start, method=self.method, duals=self.duals, privacy=self.privacy)
+            return consensus, new_state(self.run_name)
+        restored = Consensus.restore(saved[1], method=self.method, duals=self.duals, privacy=self.privacy)
+        return restored, saved[0]
 
     def _come_back(self) -> None:
         self._dead, self.kill_after = False, None

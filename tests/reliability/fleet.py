@@ -17,6 +17,7 @@ import numpy as np
 
 from fedeq_edge import settings
 from fedeq_edge.audit import Audit, audit
+from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.data.npz import ClientData, save_client
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.protocol.schedule import Schedule
@@ -54,6 +55,7 @@ class Shape:
     retry_s: float = 1.0
     schedule: Mapping[str, Any] = field(default_factory=dict)
     method: Mapping[str, Any] = field(default_factory=dict)
+    privacy: Privacy | None = None
 
 
 class Fleet:
@@ -73,6 +75,7 @@ class Fleet:
             codec=shape.codec,
             audit=True,
             method=dict(shape.method),
+            privacy=shape.privacy,
             schedule=msgspec.convert(
                 {"min_devices": len(shape.devices), "quorum": 1.0, "deadline_s": 30.0, "final_s": 30.0}
                 | dict(shape.schedule),

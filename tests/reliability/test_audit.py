@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from fedeq_edge.audit import Audit, audit
+from fedeq_edge.consensus.privacy import Accountant, Privacy
 from fedeq_edge.errors import StateError
 from fedeq_edge.settings import AggregatorSettings
 from fedeq_edge.storage import Record, audit_trail
@@ -184,3 +185,23 @@ def test_every_kind_of_federation_can_be_audited(
     fleet = make_fleet(shared_mosquitto.port, rounds=6, codec=codec, method=method, schedule=schedule)
     fleet.start()
     assert fleet.finish().contributions >= 6
+
+
+def test_the_noise_of_a_private_federation_is_audited_with_its_key(
+    shared_mosquitto: "RealMosquitto", make_fleet: "MakeFleet"
+) -> None:
+    """The status of the process tells what the rounds have spent."""
+    promise = Privacy(clip=0.5, noise_multiplier=1.0)
+    fleet = make_fleet(
+        shared_mosquitto.port, rounds=2, devices=DEVICES, privacy=promise, method={"preset": "fedeq-published"}
+    )
+    fleet.start()
+    fleet.finish()
+    folder = fleet.folder / "state"
+    assert json.loads((folder / "status.json").read_text())["privacy"]["epsilon"] == pytest.approx(
+        Accountant(promise, {1.0: 2}).epsilon()
+    )
+    assert audit(folder, fleet.aggregator_settings).sound
+    (folder / "privacy.key").unlink()
+    with pytest.raises(StateError, match=r"no privacy\.key"):
+        audit(folder, fleet.aggregator_settings)

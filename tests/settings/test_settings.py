@@ -9,6 +9,7 @@ import pytest
 
 from fedeq_edge import settings
 from fedeq_edge.consensus.methods import METHODS
+from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.settings import AgentSettings, AggregatorSettings, BrokerSettings
 
@@ -192,6 +193,22 @@ def test_settings_written_as_toml_are_read_as_they_were(tmp_path: Path) -> None:
     assert chosen.broker.ca == "ca.pem"
 
 
+def test_a_table_that_may_be_left_out_is_read_checked_and_set_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = AGGREGATOR + "[privacy]\nclip = 0.5\nnoise_multiplier = 1.1\n"
+    monkeypatch.setenv("FEDEQ_PRIVACY__DELTA", "1e-6")
+    loaded = settings.load(written(tmp_path, private), AggregatorSettings)
+    assert loaded.privacy == Privacy(clip=0.5, noise_multiplier=1.1, delta=1e-6)
+    assert settings.load(written(tmp_path, settings.to_toml(loaded)), AggregatorSettings) == loaded
+    monkeypatch.delenv("FEDEQ_PRIVACY__DELTA")
+    told = refusal(written(tmp_path, private.replace("clip", "clp")), AggregatorSettings)
+    assert "[privacy]: unknown key 'clp'; did you mean 'clip'?" in told
+    assert "privacy: clip is -0.5" in refusal(
+        written(tmp_path, private.replace("0.5\nnoise", "-0.5\nnoise")), AggregatorSettings
+    )
+
+
 def test_a_method_is_a_preset_with_the_changes_of_the_file(tmp_path: Path) -> None:
     chosen = settings.load(written(tmp_path, AGGREGATOR), AggregatorSettings)
     assert chosen.resolved_method() == msgspec.structs.replace(METHODS["fedprox"], rho=0.5)
@@ -233,6 +250,7 @@ def test_an_url_that_is_no_brokers_is_refused(url: str) -> None:
         ('root = "all"\nmethod = {preset = "fedprox", robust = "median"}\n', "robust"),
         ('root = "all"\nmethod = {preset = "local"}\n', "method local"),
         ('root = "all"\nschedule = {mode = "async"}\n', "async"),
+        ('root = "all"\nprivacy = {clip = 1.0, noise_multiplier = 1.0}\n', "without noise"),
     ],
 )
 def test_what_a_root_and_its_workers_cannot_do_is_refused(tmp_path: Path, change: str, named: str) -> None:
