@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export ORT_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-deq bench-wire bench-memory bench-har fuzz clean mosquitto
+.PHONY: help install demo test lint format bench bench-deq bench-wire bench-har fuzz clean mosquitto
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,7 +46,7 @@ format: $(INSTALLED) ## Format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: bench-deq bench-wire bench-memory bench-har ## Measure the numbers that the README shows
+bench: bench-deq bench-wire bench-har ## Measure the numbers that the README shows
 
 bench-deq: $(INSTALLED) ## The equilibrium core against torchdeq and the bare cell, CPU time (BENCH_SECTIONS="floor")
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
@@ -58,9 +58,6 @@ bench-wire: $(INSTALLED) mosquitto ## The wire against bare paho: CPU, bytes, me
 fuzz: $(INSTALLED) ## Throw bytes at every decoder, led by coverage, for FUZZ_S seconds (60)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group fuzz
 	$(BIN)/python tests/fuzz/decoders.py -max_total_time=$(FUZZ_S)
-
-bench-memory: $(INSTALLED) ## Memory and CPU of the aggregator for 10 to 200 clients, memory of an idle agent
-	$(BIN)/python tests/bench/memory.py
 
 bench-har: $(INSTALLED) ## Accuracy of a federation of 30 people on HAR (needs BENCH_DATA)
 	$(BIN)/fedeq demo --data $(BENCH_DATA)/har.npz --x X --client subject --test local_test --classes 0-5 $(BENCH_OPTIONS)
