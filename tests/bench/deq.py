@@ -6,12 +6,11 @@ line per figure to stdout. Peak memory needs a process of its own: this file wit
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from fedeq_edge.deq.solution import Solution
 from fedeq_edge.deq.solvers import StepFunction, solve
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.hardware.memory import keep_heap, peak_rss_bytes
+from tests.bench.figures import Figure
 from tests.deq.problems import published
 
 # The tolerance of every solve, forward and adjoint: relative residual per sample.
@@ -59,22 +59,6 @@ class Workload:
         """f(z), the injection computed once and without graph."""
         injection = self.inject().detach()
         return lambda z: self.step(z, injection)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One measured number; a goal is the most that the issue allows."""
-
-    section: str
-    name: str
-    value: float
-    goal: float | None = None
-    detail: str = ""
-
-    def line(self) -> str:
-        """A row of the table."""
-        verdict = "" if self.goal is None else f"{'<=' if self.value <= self.goal else '>'} {self.goal:g}"
-        return f"{self.section:11} {self.name:45} {self.value:10.3f} {verdict:>8}  {self.detail}"
 
 
 def dense(*, batch: int = 64, slow: bool = False, dtype: torch.dtype = torch.float32) -> Workload:
@@ -472,8 +456,7 @@ def main() -> None:
         return
     for section in options.sections or SECTIONS:
         for figure in SECTIONS[section]():
-            print(figure.line(), file=sys.stderr)
-            print(json.dumps(asdict(figure)), flush=True)
+            figure.show()
 
 
 if __name__ == "__main__":

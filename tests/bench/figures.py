@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A goal is the most that the issue allows."""
+    """A goal is the most that counts as reached."""
 
     section: str
     name: str
@@ -18,5 +18,5 @@ class Figure:
     def show(self) -> None:
         """A row on stderr, a line on stdout."""
         verdict = "" if self.goal is None else f"{'<=' if self.value <= self.goal else '>'} {self.goal:g}"
-        print(f"{self.section:9} {self.name:56} {self.value:10.4g} {verdict:>8}  {self.detail}", file=sys.stderr)
+        print(f"{self.section:11} {self.name:56} {self.value:10.4g} {verdict:>8}  {self.detail}", file=sys.stderr)
         print(json.dumps(asdict(self)), flush=True)

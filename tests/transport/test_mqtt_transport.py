@@ -245,17 +245,23 @@ def test_a_port_where_nobody_listens_is_no_error_but_an_event(connect: Connect) 
     client.transport.publish("t", b"dropped")
 
 
-@pytest.mark.broker
-def test_connections_that_do_not_last_are_tried_ever_more_slowly(
-    connect: Connect, proxy: "WatchedProxy", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bounds: list[float] = []
+@pytest.fixture
+def bounds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Bounds of the waits before each new connection, seconds; no wait is made."""
+    drawn: list[float] = []
 
     def no_wait(_low: float, bound: float) -> float:
-        bounds.append(bound)
+        drawn.append(bound)
         return 0.0
 
     monkeypatch.setattr("fedeq_edge.transport.mqtt.random.uniform", no_wait)
+    return drawn
+
+
+@pytest.mark.broker
+def test_connections_that_do_not_last_are_tried_ever_more_slowly(
+    connect: Connect, proxy: "WatchedProxy", bounds: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = connect(Endpoint(url=proxy.url)).online()
     for _ in range(3):
         proxy.cut()
@@ -271,15 +277,8 @@ def test_connections_that_do_not_last_are_tried_ever_more_slowly(
 
 @pytest.mark.broker
 def test_a_link_that_breaks_after_it_has_carried_something_is_tried_again_soon(
-    connect: Connect, proxy: "WatchedProxy", monkeypatch: pytest.MonkeyPatch
+    connect: Connect, proxy: "WatchedProxy", bounds: list[float]
 ) -> None:
-    bounds: list[float] = []
-
-    def no_wait(_low: float, bound: float) -> float:
-        bounds.append(bound)
-        return 0.0
-
-    monkeypatch.setattr("fedeq_edge.transport.mqtt.random.uniform", no_wait)
     device = connect(Endpoint(url=proxy.url)).online()
     for _ in range(3):
         for _ in range(2):
