@@ -212,9 +212,7 @@ class _Oracle:
         where = f"device {record.device}: its contribution for round {record.round}"
         try:
             received = messages.decode(record.blob)
-            message = received.message
-            if not isinstance(message, messages.Contribution):
-                raise _DifferenceError(f"{where} is a {type(message).__name__.lower()} message")
+            message = messages.contribution(received)
             difference = coding.decode(message.codec, received.body, message.length)
         except RemoteWireError as error:
             raise _DifferenceError(f"{where} cannot be decoded: {error}") from error

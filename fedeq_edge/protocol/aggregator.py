@@ -37,7 +37,7 @@ from fedeq_edge.consensus.privacy import Accountant
 from fedeq_edge.errors import ContributionError, RemoteWireError, StateError, WireError
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
 from fedeq_edge.protocol.federation import Federation
-from fedeq_edge.protocol.intake import FindBlob, Intake, contribution
+from fedeq_edge.protocol.intake import FindBlob, Intake
 from fedeq_edge.protocol.publication import Publication
 from fedeq_edge.protocol.roster import Roster
 from fedeq_edge.protocol.rounds import Rounds
@@ -435,7 +435,7 @@ class Aggregator:
 
     def _take(self, device: str, blob: bytes, transfer: bytes) -> None:
         received = messages.decode(blob)
-        number = contribution(received).round
+        number = messages.contribution(received).round
         try:
             taken = self._intake.take(device, received, transfer)
         except ContributionError as error:

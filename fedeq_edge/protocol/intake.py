@@ -33,13 +33,6 @@ class Taken:
     factor: int
 
 
-def contribution(received: messages.Received) -> messages.Contribution:
-    """The message, if it is a contribution. Raises RemoteWireError."""
-    if not isinstance(received.message, messages.Contribution):
-        raise RemoteWireError("upload holds another message than a contribution")
-    return received.message
-
-
 @dataclass(frozen=True, slots=True)
 class Intake:
     """The gate before the consensus; it moves `consensus` and `state`, and sends nothing."""
@@ -64,7 +57,7 @@ class Intake:
 
         Raises ContributionError where it is refused.
         """
-        message = contribution(received)
+        message = messages.contribution(received)
         member = self.state.members.get(device)
         if member is not None and message.run == self.state.run and message.round <= member.accepted_round:
             return Taken(message, None, member.factor if message.round == member.accepted_round else WHOLE)
@@ -76,7 +69,7 @@ class Intake:
     def take_back(self, device: str, blob: bytes) -> None:
         """A contribution that was taken since the last close does not count: the sums are as if it had never come."""
         received = messages.decode(blob)
-        number = contribution(received).round
+        number = messages.contribution(received).round
         kappa = self.state.issued[number][device]
         self.consensus.retract(device, self._difference(device, received), kappa)
         for table in (self.state.contributed, self.state.late):
@@ -92,7 +85,7 @@ class Intake:
             yield device, self._difference(device, messages.decode(blob))
 
     def _difference(self, device: str, received: messages.Received) -> Vector:
-        message = contribution(received)
+        message = messages.contribution(received)
         try:
             difference = coding.decode(message.codec, received.body, message.length)
         except RemoteWireError as error:

@@ -66,8 +66,8 @@ def settled(state: ClientState, *, accepted: bool, factor: int) -> ClientState:
     if pending is None or not accepted:
         return msgspec.structs.replace(state, pending=None)
     received = messages.decode(pending.blob)
-    assert isinstance(received.message, messages.Contribution)
-    difference = coding.decode(received.message.codec, received.body, received.message.length)
+    message = messages.contribution(received)
+    difference = coding.decode(message.codec, received.body, message.length)
     step = dual_step(scaled(difference, factor), pending.kappa, fraction_bits(np.float32))
     return msgspec.structs.replace(
         state,

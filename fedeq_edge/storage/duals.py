@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from fedeq_edge.consensus.fixed import WHOLE, FixedVector, dual_step, fraction_bits, penalty_of
-from fedeq_edge.errors import RemoteWireError, StateError, WireError
+from fedeq_edge.errors import StateError, WireError
 from fedeq_edge.storage.contributions import ContributionLog, Place, Record
 from fedeq_edge.storage.files import damaged, read_sealed, sealed, sync, writing
 from fedeq_edge.wire import coding, messages
@@ -183,9 +183,7 @@ def _add_step(nu: FixedVector, record: Record) -> None:
     """`nu` has moved by what it did when this contribution was accepted. Raises StateError where it is none."""
     try:
         received = messages.decode(record.blob)
-        message = received.message
-        if not isinstance(message, messages.Contribution):
-            raise RemoteWireError(f"a {type(message).__name__.lower()} message is none")
+        message = messages.contribution(received)
         difference = coding.decode(message.codec, received.body, message.length)
     except WireError as error:
         raise StateError(f"stored contribution of device {record.device} is damaged ({error})") from error

@@ -303,3 +303,12 @@ def decode(payload: bytes) -> Received:
         return Received(msgspec.convert(header, expected, builtin_types=(bytes,)), body)
     except (msgspec.ValidationError, RecursionError) as error:
         raise RemoteWireError(f"{expected.__name__.lower()} message: {error}") from error
+
+
+def contribution(received: Received) -> Contribution:
+    """The message of a blob, if it is a contribution. Raises RemoteWireError."""
+    if not isinstance(received.message, Contribution):
+        raise RemoteWireError(
+            f"a {type(received.message).__name__.lower()} message stands where a contribution belongs"
+        )
+    return received.message
