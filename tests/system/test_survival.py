@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tests.system.conftest import Fleet, MakeFleet
 
 pytestmark = pytest.mark.broker
-ROUNDS = 30  # of 50 ms each: enough that one can be held open while others are still to come
+ROUNDS = 80  # of a few hundredths of a second each: enough to freeze a device before the last
 
 
 def _began(fleet: "Fleet") -> "Fleet":
