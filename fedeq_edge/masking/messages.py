@@ -12,10 +12,11 @@ from typing import Annotated, Final, TypeVar
 
 import msgspec
 
+from fedeq_edge.consensus.masked import MEMBERS_LEAST
 from fedeq_edge.errors import RemoteWireError
 from fedeq_edge.masking.keys import KEY_BYTES, TAG_BYTES
 from fedeq_edge.masking.shamir import ELEMENT_BYTES
-from fedeq_edge.masking.terms import MEMBERS_LEAST, MEMBERS_MOST
+from fedeq_edge.masking.terms import MEMBERS_MOST
 
 BOX_BYTES: Final = 2 * ELEMENT_BYTES + TAG_BYTES  # a share of the pairwise key and one of the self mask, sealed
 COMMITMENT_BYTES: Final = 16

@@ -1,16 +1,20 @@
 """The server's side of a masked sum, sans-IO and without randomness: the same messages in the same order, same bits.
 
-So an aggregator that restarts replays the messages that it has on disk, and goes on where it was.
+Until the survivors are told a sum may be begun again, under another session: nobody has revealed anything. From there
+on there must be no other sum of the same vectors, since two sums over different devices tell their difference. So
+that is what outlives a restart: `snapshot`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedeq_edge.errors import ContributionError, MaskingError, RemoteWireError
+from fedeq_edge import structs
+from fedeq_edge.errors import ContributionError, MaskingError, RemoteWireError, StateError
 from fedeq_edge.masking import keys as session_keys
 from fedeq_edge.masking import messages, shamir
 from fedeq_edge.masking.group import Group
@@ -35,6 +39,20 @@ class MaskedSum:
     wrong: tuple[tuple[str, str], ...]
 
 
+class _Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """terms: as they were given. commitments: of each member that shared its secrets. survivors: numbers."""
+
+    session: bytes
+    length: int
+    bound: int
+    bits: int | None
+    threshold: float
+    roster: bytes
+    commitments: dict[int, bytes]
+    survivors: set[int]
+    total: NDArray[np.int64]
+
+
 class MaskingServer:
     """One session. Messages are added as they come, and the caller closes each step when it has waited enough.
 
@@ -56,6 +74,23 @@ class MaskingServer:
         self._reveals: dict[int, bytes] = {}
         self._holders: dict[int, list[int]] = {}  # dealer -> who revealed a sound share of it, a quorum at most
         self._wrong: list[tuple[str, str]] = []
+
+    @property
+    def phase(self) -> Phase:
+        """What it takes now."""
+        return self._phase
+
+    @property
+    def answered(self) -> set[str]:
+        """The devices whose message of this step is here."""
+        if self._phase == "keys":
+            return set(self._keys)
+        held = {"shares": self._commitments, "masked": self._contributors, "reveal": self._reveals}[self._phase]
+        return {device for device, number in self._numbers.items() if number in held}
+
+    def keys_of(self, device: str) -> Keys | None:
+        """The keys that count of this device, None where it is not in the session."""
+        return self._keys.get(device)
 
     # ---- step 1: keys --------------------------------------------------------------------------------------
 
@@ -83,9 +118,7 @@ class MaskingServer:
         self._require(len(self._keys), self._terms.quorum(0), "sent keys")
         members = tuple(Member(device=device, keys=keys) for device, keys in sorted(self._keys.items()))
         roster = Roster(members=members)
-        self._group = Group.of(roster, self._terms)
-        self._numbers = {member.device: number for number, member in enumerate(members)}
-        self._phase = "shares"
+        self._begin(roster)
         return roster
 
     # ---- step 2: shares ------------------------------------------------------------------------------------
@@ -135,9 +168,53 @@ class MaskingServer:
         self._closing("masked")
         group = self._grouped()
         self._require(len(self._contributors), group.quorum, "sent a masked vector")
-        self._holders = {dealer: [] for dealer in self._commitments}
-        self._phase = "reveal"
-        return Survivors(survivors=messages.bitmap(self._contributors, group.size))
+        self._await_reveals()
+        return self.survivors
+
+    @property
+    def survivors(self) -> Survivors:
+        """Who is in the sum, by number; of a session whose survivors are known."""
+        return Survivors(survivors=messages.bitmap(self._contributors, self._grouped().size))
+
+    def snapshot(self) -> bytes:
+        """The session, as `restore` takes it, for our own disk. Once the survivors are known, and without reveals."""
+        self._closing("reveal")
+        terms = self._terms
+        return structs.pack(
+            _Snapshot(
+                session=terms.session,
+                length=terms.length,
+                bound=terms.bound,
+                bits=terms.bits,
+                threshold=terms.threshold,
+                roster=messages.encode(self._grouped().roster),
+                commitments=self._commitments,
+                survivors=self._contributors,
+                total=self._sum.view(np.int64),
+            )
+        )
+
+    @classmethod
+    def restore(cls, snapshot: bytes) -> "MaskingServer":
+        """A session that waits for all its reveals. Raises StateError where `snapshot` is none."""
+        try:
+            saved = structs.unpack(snapshot, _Snapshot)
+            roster = messages.decode(saved.roster, Roster)
+        except (msgspec.ValidationError, ValueError, RemoteWireError) as error:
+            raise StateError(f"snapshot of a masked sum is damaged ({error})") from error
+        terms = Terms(
+            session=saved.session,
+            length=saved.length,
+            bound=saved.bound,
+            bits=saved.bits,
+            threshold=saved.threshold,
+        )
+        server = cls(terms)
+        server._begin(roster)
+        server._commitments, server._contributors = saved.commitments, saved.survivors
+        server._sum = saved.total.view(np.uint64)
+        server._await_reveals()
+        return server
 
     # ---- step 4: unmasking ---------------------------------------------------------------------------------
 
@@ -182,6 +259,16 @@ class MaskingServer:
         )
 
     # ---- within --------------------------------------------------------------------------------------------
+
+    def _begin(self, roster: Roster) -> None:
+        self._keys = {member.device: member.keys for member in roster.members}
+        self._group = Group.of(roster, self._terms)
+        self._numbers = {member.device: number for number, member in enumerate(roster.members)}
+        self._phase = "shares"
+
+    def _await_reveals(self) -> None:
+        self._holders = {dealer: [] for dealer in self._commitments}
+        self._phase = "reveal"
 
     def _secrets(self) -> dict[int, int]:
         """Dealer -> self-mask secret of a contributor, pairwise secret of one that dropped out."""

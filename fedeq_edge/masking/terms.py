@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from fedeq_edge.consensus.masked import MEMBERS_LEAST
 from fedeq_edge.errors import ConfigError
 
 SESSION_BYTES: Final = 32
-MEMBERS_LEAST: Final = 3  # the sum of two tells each of them the other's vector
 # The sealed shares of n members are 48 n^2 bytes at the server, 48 MB for 1024; larger fleets sum in groups.
 MEMBERS_MOST: Final = 1024
 _WORD_BITS: Final = 64

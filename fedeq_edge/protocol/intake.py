@@ -21,6 +21,7 @@ from fedeq_edge.wire.frame import FRAME_BYTES, HEADER_LIMIT_BYTES
 
 FindBlob = Callable[[str, int], bytes | None]
 """The stored contribution of (device, round), if there still is one."""
+MASKED_VALUE_BYTES: Final = 8  # at most: sums are made modulo 2^64, or less
 LARGEST_STEP: Final = 1e6  # of one parameter: a training that diverged
 
 
@@ -46,6 +47,8 @@ class Intake:
         """Of a contribution with its frame: what an upload may claim at most."""
         size = self.consensus.z_hat.size
         body = max(coding.largest_bytes(codec, size) for codec in self.federation.up)
+        if self.federation.masking is not None:
+            body = max(body, size * MASKED_VALUE_BYTES)
         return FRAME_BYTES + HEADER_LIMIT_BYTES + body
 
     def codec_for(self, birth: messages.Birth) -> coding.Codec | None:
@@ -61,7 +64,7 @@ class Intake:
         member = self.state.members.get(device)
         if member is not None and message.run == self.state.run and message.round <= member.accepted_round:
             return Taken(message, None, member.factor if message.round == member.accepted_round else WHOLE)
-        kappa = self._check_claims(device, message)
+        kappa = self.check(device, message)
         factor = self.consensus.accept(device, self._difference(device, received), kappa)
         self._remember(device, message, kappa, factor, transfer)
         return Taken(message, kappa, factor)
@@ -108,7 +111,7 @@ class Intake:
         (self.state.contributed if current else self.state.late)[device] = message.metrics
         self.state.accepted.append((device, message.round, self.consensus.weights(device)[0]))
 
-    def _check_claims(self, device: str, message: messages.Contribution) -> float:
+    def check(self, device: str, message: messages.Contribution) -> float:
         """kappa of the task that this contribution answers. Raises ContributionError naming what is wrong."""
         state = self.state
         where = f"device {device}: contribution for round {message.round}"
@@ -117,6 +120,10 @@ class Intake:
         if message.round not in state.bases:
             oldest = min(state.bases, default=state.round)
             raise ContributionError("round", f"{where}; rounds {oldest} to {state.round} are taken now")
+        if bool(message.session) != (self.federation.masking is not None):
+            raise ContributionError(
+                "masking", f"{where} is {'masked' if message.session else 'not masked'}; rounds here are the other way"
+            )
         if self.federation.privacy is not None:
             self._check_first(device, message.round)
         kappa = state.issued.get(message.round, {}).get(device)

@@ -5,6 +5,7 @@ argument, nothing is sent. With `mode = "async"` a round is a version of the con
 closes after so many contributions, those to earlier versions included.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -162,6 +163,8 @@ class Rounds:
             self._transmit, contributions=contributions, relaxed=relaxed, release=self._release()
         )
         self._move_quality()
+        if self.federation.masking is not None:  # nobody has seen a difference
+            report = dataclasses.replace(report, primal_residual=math.nan)
         line = {**self._line(report, now), **audit}
         self._end()
         return line

@@ -35,12 +35,15 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True):
     """A contribution on its way: kept until the aggregator's verdict. blob: the encoded message, sent as it is.
 
     transfer: sha256 of the blob. Once it is accepted nu moves by kappa times the difference in it.
+    session: of the masked sum that the task asked it for, empty in open rounds. Then the blob itself never leaves the
+    device: what does is made of it, and not kept (protocol/masked_device.py).
     """
 
     round: int
     kappa: float
     blob: bytes
     transfer: bytes
+    session: bytes = b""
 
 
 class ClientState(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +94,20 @@ class MemberState(msgspec.Struct, kw_only=True):
     factor: int = WHOLE
 
 
+class Revealing(msgspec.Struct, frozen=True, kw_only=True):
+    """A masked sum whose survivors have been told (protocol/masked_rounds.py): from there on no other may be made.
+
+    server: as `MaskingServer.snapshot` gave it. attempt: how many sums the round had begun. weights: omega_i and
+    kappa_i 2^32 of each survivor. transfers: sha256 of what it sent.
+    """
+
+    session: bytes
+    attempt: int
+    server: bytes
+    weights: dict[str, tuple[int, int]]
+    transfers: dict[str, bytes]
+
+
 class AggregatorState(msgspec.Struct, kw_only=True):
     """The aggregator's memory, beside the consensus.
 
@@ -103,6 +120,7 @@ class AggregatorState(msgspec.Struct, kw_only=True):
     draw: how the cohort of the open round was drawn, and spent: sampling rate -> rounds whose sum was let out; both for
     a private federation alone.
     identity: digest of what is fixed for the life of the federation.
+    revealing: the masked sum of the open round, once it is closed but for its masks.
     Of a worker: handed: the share that its root has not answered, as a blob, empty without one. root_run, root_round:
     run of that root, and the last round of its that z_hat holds.
     """
@@ -123,6 +141,7 @@ class AggregatorState(msgspec.Struct, kw_only=True):
     draw: Draw | None = None
     spent: dict[float, int] = msgspec.field(default_factory=dict)
     identity: bytes = b""
+    revealing: Revealing | None = None
     handed: bytes = b""
     root_run: str = ""
     root_round: int = 0

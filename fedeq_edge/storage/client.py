@@ -37,6 +37,7 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     head: Vector
     blob: bytes
     transfer: bytes
+    session: bytes = b""
 
 
 class ClientFolder:
@@ -73,7 +74,7 @@ class ClientFolder:
 
     def keep(self, pending: Pending, head: Vector) -> None:
         """The contribution and the head are on the disk."""
-        blob = structs.pack(_Kept(head=head, blob=pending.blob, transfer=pending.transfer))
+        blob = structs.pack(_Kept(head=head, blob=pending.blob, transfer=pending.transfer, session=pending.session))
         self._log.append(Record(device=_PENDING, round=pending.round, kappa=fixed_penalty(pending.kappa), blob=blob))
         self._log.commit()
 
@@ -90,5 +91,11 @@ def _moved(state: ClientState, record: Record) -> ClientState:
         kept = structs.unpack(record.blob, _Kept)
     except (msgspec.ValidationError, ValueError) as error:
         raise StateError(f"outbox: the contribution for round {record.round} is damaged ({error})") from error
-    pending = Pending(round=record.round, kappa=penalty_of(record.kappa), blob=kept.blob, transfer=kept.transfer)
+    pending = Pending(
+        round=record.round,
+        kappa=penalty_of(record.kappa),
+        blob=kept.blob,
+        transfer=kept.transfer,
+        session=kept.session,
+    )
     return msgspec.structs.replace(state, pending=pending, head=kept.head)

@@ -6,6 +6,7 @@ new magic. Who sends what:
 
     Birth, Offline, Fetch, Offer, Chunk, ChunkAck, Report, Decline, Differs     device -> aggregator
     AggregatorState, Manifest, Task, Chunk, ChunkAck, Verdict, Model            aggregator -> device
+    MaskingStep                                                                 both ways, in a masked round
     Contribution, Model                                                         blobs, carried by chunks
     Share                                                                       worker -> root, a blob
 """
@@ -83,6 +84,19 @@ class Manifest(Message, frozen=True, kw_only=True):
     seed: Count
 
 
+class MaskingTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device must know to mask its contribution (masking/terms.py, `Terms`).
+
+    session: of this masked sum. omega: the device's weight, by which it multiplies what its dual moves by. bound: no
+    entry of that product is larger. threshold: as in the settings.
+    """
+
+    session: Digest
+    omega: Positive
+    bound: Annotated[int, msgspec.Meta(ge=1, lt=2**63)]
+    threshold: Annotated[float, msgspec.Meta(gt=0.5, le=1.0)]
+
+
 class Task(Message, frozen=True, kw_only=True):
     """Do round `round` from consensus `model` (digest of z_hat) within `deadline_s` seconds of receipt.
 
@@ -90,6 +104,7 @@ class Task(Message, frozen=True, kw_only=True):
     travel. after: the last round of which the aggregator had this device's contribution when it wrote the task, -1
     before the first. duals: name of the nu that it counted with then (protocol/state.py, `dual_name`), empty for
     nu = 0, None where its method keeps none. final: no training, personalise with this consensus and report.
+    masking: the contribution travels masked, or not at all; None for open rounds.
     """
 
     run: Name
@@ -101,6 +116,7 @@ class Task(Message, frozen=True, kw_only=True):
     after: RoundOrNone = -1
     duals: bytes | None = b""
     final: bool = False
+    masking: MaskingTerms | None = None
 
 
 class Fetch(Message, frozen=True, kw_only=True):
@@ -154,7 +170,11 @@ class Metrics(Message, frozen=True, kw_only=True):
 
 
 class Contribution(Message, frozen=True, kw_only=True):
-    """theta_i - z_hat of one device and round, coded (in the body). base: digest of the z_hat it started from."""
+    """theta_i - z_hat of one device and round, coded (in the body). base: digest of the z_hat it started from.
+
+    session: of the masked sum that it is for, empty in open rounds. Then the body is omega_i times what the dual moves
+    by, after coding and decoding, under masks (masking/).
+    """
 
     run: Name
     round: Count
@@ -164,6 +184,7 @@ class Contribution(Message, frozen=True, kw_only=True):
     codec: Codec
     length: Positive
     metrics: Metrics
+    session: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES)] = b""
 
 
 class Verdict(Message, frozen=True, kw_only=True):
@@ -240,6 +261,13 @@ class Differs(Message, frozen=True, kw_only=True):
     after: RoundOrNone
 
 
+class MaskingStep(Message, frozen=True, kw_only=True):
+    """One message of a masked sum's exchange (in the body: masking/messages.py), to or from one device."""
+
+    session: Digest
+    step: Literal["keys", "roster", "shares", "delivery", "survivors", "reveal"]
+
+
 class Share(Message, frozen=True, kw_only=True):
     """What a worker's devices contribute to round `round` and hold after it (consensus/admm.py, `Share`).
 
@@ -274,6 +302,7 @@ _KINDS: Final[dict[int, type[Message]]] = {
     14: Differs,
     15: Offer,
     16: Share,
+    17: MaskingStep,
 }
 _NUMBERS: Final = {message: kind for kind, message in _KINDS.items()}
 KINDS: Final[tuple[type[Message], ...]] = tuple(_KINDS.values())

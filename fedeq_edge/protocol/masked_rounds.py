@@ -1,0 +1,286 @@
+"""The aggregator's side of a masked round: one sum over the cohort of the open round, of which it sees nothing else.
+
+    keys ──> shares ──> masked ──────────> reveal ──> the sum
+    a new session       the rounds' own    survivors told and on disk
+                        deadline, quorum
+
+Bookkeeping over the round (rounds.py) and the session (masking/): time is an argument, nothing is sent.
+
+Theory of operation
+-------------------
+The exchange of keys and shares runs while the devices train. Who does not answer in `step_s` has dropped out of the
+session and is not waited for. Nothing of a session is on disk until its survivors are to be told: a killed aggregator
+begins another one, and the devices mask what they have trained again. From then on it must be this sum or none
+(masking/server.py), so `AggregatorState.revealing` is in the snapshot that stands before the word goes out; no
+contribution has been acknowledged as counting until the sum is unmasked, closed and in the next snapshot.
+"""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from fedeq_edge.consensus.admm import PartialSum
+from fedeq_edge.consensus.masked import Masking
+from fedeq_edge.consensus.quality import Weights
+from fedeq_edge.errors import ConfigError, ContributionError, MaskingError
+from fedeq_edge.masking import Keys, Masked, MaskingServer, Message, Reveal, Shares, Terms, decode, encode
+from fedeq_edge.protocol.rounds import Rounds
+from fedeq_edge.protocol.state import AggregatorState, Revealing
+from fedeq_edge.protocol.transfers import RETRY_S
+from fedeq_edge.wire import messages
+
+_ANSWERS: Final[dict[str, type[Message]]] = {"keys": Keys, "shares": Shares, "reveal": Reveal}
+Prompt = tuple[messages.MaskingStep, bytes]
+
+
+@dataclass(slots=True)
+class MaskedRounds:
+    """Masked sums of one federation, one at a time. boot: as in `Aggregator`."""
+
+    masking: Masking
+    rounds: Rounds
+    state: AggregatorState
+    boot: str
+    attempt: int = 0
+    trouble: str = ""  # why the exchange does not go on
+    _session: bytes = b""
+    _server: MaskingServer | None = None
+    _weights: dict[str, Weights] = field(default_factory=dict)
+    _transfers: dict[str, bytes] = field(default_factory=dict)
+    _prompts: dict[str, Prompt] = field(default_factory=dict)  # what each device is to answer in this step
+    _expected: set[str] = field(default_factory=set)
+    _asked_at: dict[str, float] = field(default_factory=dict)
+    _step_at: float = 0.0
+
+    # Sessions
+
+    def begin(self, now: float) -> None:
+        """Another sum for the cohort of the open round; what came to an earlier one is void."""
+        state, consensus = self.state, self.rounds.consensus
+        self.attempt += 1
+        self._session = _session_of(state.run, state.round, self.boot, self.attempt)
+        self._weights = {device: consensus.weights(device) for device in state.cohort}
+        self._server = MaskingServer(
+            Terms(
+                session=self._session,
+                length=consensus.z_hat.size,
+                bound=self._bound,
+                threshold=self.masking.threshold,
+            )
+        )
+        state.contributed, state.revealing, self._transfers = {}, None, {}
+        self.trouble = ""
+        self._ask({}, state.cohort, now)
+
+    def resume(self, now: float) -> None:
+        """The sum whose survivors may have been told goes on; any other begins anew."""
+        saved = self.state.revealing
+        if saved is None:
+            self.begin(now)
+            return
+        self.attempt, self._session = saved.attempt, saved.session
+        self._weights = {device: Weights(*pair) for device, pair in saved.weights.items()}
+        self._transfers = dict(saved.transfers)
+        self._server = server = MaskingServer.restore(saved.server)
+        self._ask_for_reveals(server, now)
+
+    @property
+    def _bound(self) -> int:
+        return max((self.masking.bound(*weights) for weights in self._weights.values()), default=1)
+
+    def concerns(self, device: str) -> bool:
+        """Whether the sum of the open round reckons with this device."""
+        return self.state.open and device in self._weights
+
+    def terms(self, device: str) -> messages.MaskingTerms:
+        """What the device needs, with its task."""
+        return messages.MaskingTerms(
+            session=self._session,
+            omega=self._weights[device].omega,
+            bound=self._bound,
+            threshold=self.masking.threshold,
+        )
+
+    # What devices answer
+
+    def hear(self, device: str, step: messages.MaskingStep, body: memoryview) -> None:
+        """The answer of a device to the present step counts; one that is repeated, or of another session, is passed over.
+
+        Raises ContributionError where it is refused, RemoteWireError where it is no answer at all.
+        """
+        server = self._server
+        kind = _ANSWERS.get(step.step)
+        if server is None or kind is None or step.session != self._session:
+            return
+        answer: Message = decode(body, kind)
+        if isinstance(answer, Keys) and server.phase != "keys":
+            if server.keys_of(device) not in (None, answer):
+                self.rounds.decline(device, "it began anew in the middle of a masked sum")
+        elif server.phase == step.step and device in server.answered:
+            return
+        elif isinstance(answer, Keys):
+            self._add_keys(server, device, answer)
+        elif isinstance(answer, Shares):
+            server.add_shares(device, answer)
+        elif isinstance(answer, Reveal):
+            server.add_reveal(device, answer)
+
+    def _add_keys(self, server: MaskingServer, device: str, keys: Keys) -> None:
+        if device not in self._weights or device not in self.state.cohort:
+            raise ContributionError("not_asked", f"device {device}: keys for a round that did not ask it")
+        server.add_keys(device, keys)
+
+    def holds(self, transfer: bytes) -> bool:
+        """Whether a masked contribution with this digest is in the sum."""
+        return transfer in self._transfers.values()
+
+    def take(self, device: str, received: messages.Received, transfer: bytes) -> None:
+        """A masked contribution is in the sum. Raises ContributionError, "session" where its sum was given up."""
+        message = messages.contribution(received)
+        where = f"device {device}: contribution for round {message.round}"
+        server = self._server
+        current = self.state.open and message.round == self.state.round
+        if current and message.session != self._session:
+            raise ContributionError("session", f"{where} is masked for a sum that was given up")
+        if server is None or not current or server.phase != "masked":
+            raise ContributionError("late", f"{where} came after its masked sum was closed")
+        server.add_masked(device, Masked(vector=bytes(received.body)))
+        self._transfers[device] = transfer
+        self.state.contributed[device] = message.metrics
+
+    # Time
+
+    def silent(self, now: float) -> list[str]:
+        """Devices that have not answered for `RETRY_S`; a vector takes as long as training does."""
+        server = self._server
+        if server is None or server.phase == "masked":
+            return []
+        return [device for device in sorted(self._missing(server)) if now - self._asked_at.get(device, now) >= RETRY_S]
+
+    def prompt(self, device: str, now: float) -> Prompt | None:
+        """What this device is to answer now; None where it is nothing, or the task itself, which asks for keys."""
+        self._asked_at[device] = now
+        server = self._server
+        return None if server is None or device in server.answered else self._prompts.get(device)
+
+    def advance(self, now: float) -> list[str]:
+        """Close a step of the exchange that everybody has answered, or that has lasted `step_s`; whom to prompt.
+
+        Below the quorum it stays open: the deadline of the round begins another sum.
+        """
+        server = self._server
+        if server is None or server.phase not in ("keys", "shares"):
+            return []
+        missing = self._missing(server)
+        if missing and now - self._step_at < self.masking.step_s:
+            return []
+        try:
+            prompts = self._closed_keys(server) if server.phase == "keys" else self._closed_shares(server)
+        except (MaskingError, ConfigError) as error:
+            self.trouble = str(error)
+            return []
+        for device in missing:
+            self.rounds.decline(device, f"it did not answer within {self.masking.step_s:g} s in the masked sum")
+        self._ask(prompts, prompts, now)
+        return sorted(prompts)
+
+    def _closed_keys(self, server: MaskingServer) -> dict[str, Prompt]:
+        roster = server.close_keys()
+        body = encode(roster)
+        return {member.device: self._prompt("roster", body) for member in roster.members}
+
+    def _closed_shares(self, server: MaskingServer) -> dict[str, Prompt]:
+        return {
+            device: self._prompt("delivery", encode(delivery)) for device, delivery in server.close_shares().items()
+        }
+
+    def close(self, now: float) -> list[str]:
+        """No contribution comes to the sum any more: it is the one of this round, once it is on disk. Whom to prompt.
+
+        Raises MaskingError where the sum would be one of too few.
+        """
+        server = self._server
+        if server is None:
+            raise MaskingError("masked sum: none was begun")
+        server.close_masked()
+        self.state.revealing = Revealing(
+            session=self._session,
+            attempt=self.attempt,
+            server=server.snapshot(),
+            weights={device: (weights.omega, weights.penalty) for device, weights in self._counted().items()},
+            transfers=dict(self._transfers),
+        )
+        return self._ask_for_reveals(server, now)
+
+    def _counted(self) -> dict[str, Weights]:
+        return {device: self._weights[device] for device in self._transfers}
+
+    def _ask_for_reveals(self, server: MaskingServer, now: float) -> list[str]:
+        body = encode(server.survivors)
+        prompts = {device: self._prompt("survivors", body) for device in self._transfers}
+        self._ask(prompts, prompts, now)
+        return sorted(prompts)
+
+    def _prompt(self, step: Literal["roster", "delivery", "survivors"], body: bytes) -> Prompt:
+        return messages.MaskingStep(session=self._session, step=step), body
+
+    def _ask(self, prompts: dict[str, Prompt], expected: Collection[str], now: float) -> None:
+        """A step begins, in which the `expected` devices answer."""
+        self._prompts, self._expected, self._step_at = prompts, set(expected), now
+        self._asked_at = dict.fromkeys(expected, now)
+
+    def _missing(self, server: MaskingServer) -> set[str]:
+        return self._expected - server.answered - self.rounds.declined.keys()
+
+    # The end
+
+    @property
+    def revealing(self) -> bool:
+        """Whether the survivors are known, so that it is this sum or none."""
+        return self.state.revealing is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the sum can be unmasked."""
+        return self._server is not None and self._server.complete
+
+    def overdue(self, now: float, deadline_s: float) -> bool:
+        """Whether so few devices have revealed in so long that nobody waits for more."""
+        return self.revealing and now - self._step_at >= deadline_s
+
+    def unmask(self) -> tuple[PartialSum, dict[str, bytes], list[str]]:
+        """The sum, the sha256 of what each of its devices sent, and what was wrong with shares. Raises MaskingError."""
+        saved = self.state.revealing
+        if self._server is None or saved is None:
+            raise MaskingError("masked sum: none waits to be unmasked")
+        result = self._server.unmask()
+        partial = PartialSum(
+            steps=result.total,
+            weight=sum(omega * penalty for omega, penalty in saved.weights.values()),
+            squares=0,  # nobody knows; see Rounds.close
+            devices=result.contributors,
+        )
+        wrong = [f"{holder} revealed a wrong share of {dealer}" for holder, dealer in result.wrong]
+        return partial, saved.transfers, wrong
+
+    def end(self) -> None:
+        """The round is closed, and all that is known of its sum is forgotten."""
+        self._server, self.state.revealing, self.attempt = None, None, 0
+        self._weights, self._prompts, self._expected = {}, {}, set()
+
+    def status(self) -> dict[str, object]:
+        """Where the exchange stands, for status.json."""
+        server = self._server
+        return {
+            "step": None if server is None else server.phase,
+            "answered": 0 if server is None else len(server.answered),
+            "expected": len(self._expected),
+            "sessions": self.attempt,
+            "trouble": self.trouble,
+        }
+
+
+def _session_of(run: str, round_number: int, boot: str, attempt: int) -> bytes:
+    """32 bytes that no other masked sum has. boot: new at every start of the aggregator, which counts its attempts."""
+    return hashlib.sha256(f"masked sum {run}/{round_number}/{boot}/{attempt}".encode()).digest()
