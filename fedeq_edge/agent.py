@@ -29,6 +29,7 @@ from fedeq_edge.errors import ConfigError, FedEqError, TransportError
 from fedeq_edge.hardware import reading
 from fedeq_edge.hardware.memory import give_back, peak_rss_bytes, rss_bytes
 from fedeq_edge.hardware.profiles import load_profile
+from fedeq_edge.protocol import masked
 from fedeq_edge.protocol.actions import (
     ClientAction,
     Configure,
@@ -50,6 +51,7 @@ from fedeq_edge.training import exchange
 from fedeq_edge.training.step import Personal, Plan
 from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Will
 from fedeq_edge.transport.mqtt import MqttTransport
+from fedeq_edge.wire import coding
 from fedeq_edge.wire.messages import Manifest
 from fedeq_edge.wire.topics import Topics
 
@@ -164,7 +166,7 @@ class Agent:
             emulated=chosen.emulate,
             data_age_s=data_age_s,
         )
-        self._client = Client(identity, self._topics, self._store.load())
+        self._client = Client(identity, self._topics, self._store.load(), codecs=(*coding.CODECS, *masked.features()))
         self._transport = MqttTransport(
             chosen.broker.endpoint(),
             f"{chosen.joins}-{chosen.device}",

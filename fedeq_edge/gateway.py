@@ -27,6 +27,7 @@ from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.layout import constraints
 from fedeq_edge.errors import StateError, TransportError
 from fedeq_edge.hardware.memory import peak_rss_bytes
+from fedeq_edge.protocol import masked
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
 from fedeq_edge.protocol.aggregator import Aggregator, new_state
 from fedeq_edge.protocol.federation import Federation
@@ -60,6 +61,7 @@ def federation_of(chosen: AggregatorSettings) -> Federation:
         up=chosen.up or (chosen.codec,),
         down=chosen.codec,
         privacy=chosen.privacy,
+        masking=chosen.masking,
         audit=chosen.audit,
         root=Topics(chosen.root) if chosen.root else None,
     )
@@ -84,8 +86,8 @@ def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Agg
         state, snapshot = saved
         if state.identity != _identity(federation):
             raise StateError(
-                "the state folder holds a federation with another name, model, method, seed, codec or privacy; "
-                "restore the settings it began with, or begin another federation in another state folder"
+                "the state folder holds a federation with another name, model, method, seed, codec, privacy or "
+                "masking; restore the settings it began with, or begin another federation in another state folder"
             )
         consensus = Consensus.restore(snapshot, method=method, constraints=sets, duals=folder.duals, privacy=privacy)
     return Aggregator(
@@ -122,13 +124,17 @@ def _identity(federation: Federation) -> bytes:
     )
     if federation.privacy is not None:  # as sums that are out were noised
         fixed = (*fixed, federation.privacy)
+    if federation.masking is not None:
+        fixed = (*fixed, federation.masking)
     return hashlib.sha256(msgspec.json.encode(fixed)).digest()
 
 
-def _check_accountant(federation: Federation) -> None:
-    """Epsilon can be told as long as the federation lives. Raises ConfigError."""
+def _check_extras(federation: Federation) -> None:
+    """Epsilon can be told as long as the federation lives, and masks can be made. Raises ConfigError."""
     if federation.privacy is not None:
         Accountant(federation.privacy).epsilon(planned=1)
+    if federation.masking is not None:
+        masked.check_installed()
 
 
 class Gateway:
@@ -136,7 +142,7 @@ class Gateway:
 
     def __init__(self, path: Path, chosen: AggregatorSettings) -> None:
         # before anything is written
-        _check_accountant(federation_of(chosen))
+        _check_extras(federation_of(chosen))
         chosen.broker.endpoint().tls_context()
         self._settings = chosen
         self._place = settings.resolve(path, chosen.state)

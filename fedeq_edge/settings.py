@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
+from fedeq_edge.consensus.masked import Masking
 from fedeq_edge.consensus.methods import Method, method
 from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.deq.spec import ModelSpec
@@ -86,6 +87,7 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
     [model] is a ModelSpec, [train] a Plan, [schedule] a Schedule. [method] names a preset ("admm", "fedavg", ...) and
     may change its fields. [privacy], if there is one, is a Privacy: what z tells of a single device is bounded.
+    [masking], if there is one, is a Masking: the aggregator learns the sum of a round and no contribution.
     codec: how differences travel, "int4" for example (wire/coding.py). up: codecs of contributions in the order of
     preference, where they shall differ from that: a device sends in the first that it speaks. audit: keep every
     contribution, so that `fedeq aggregator audit` can compute the consensus again. seed: of the initial weights.
@@ -107,6 +109,7 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     method: dict[str, Any] = msgspec.field(default_factory=dict)
     schedule: Schedule = msgspec.field(default_factory=Schedule)
     privacy: Privacy | None = None
+    masking: Masking | None = None
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
 
     def __post_init__(self) -> None:
@@ -130,6 +133,8 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
             raise ConfigError('root, workers: they know neither audit = true nor schedule.mode = "async"; leave it out')
         if self.privacy is not None:
             raise ConfigError("root, workers: a worker hands over its sum without noise; leave them out, or [privacy]")
+        if self.masking is not None:
+            raise ConfigError("root, workers: each worker would unmask a sum of its own; leave them out, or [masking]")
         chosen = self.resolved_method()
         if chosen.sees_each or not chosen.exchange:
             raise ConfigError(

@@ -19,50 +19,42 @@ round goes on. The device is the one in the topic.
 Rule 4: a task names the dual that counts here. A device that holds another one says so before it trains, has lost its
 state, and joins anew with nu = 0 (algorithm.md section 4); its next task tells it so.
 
+In a masked round no contribution is stored: what is known of a single one is noise. It counts when the sum is unmasked,
+closed and in a `Snapshot`, and its verdict comes then (masked_rounds.py).
 Rule 5: a worker does not close its rounds but hands them over, and opens none before its root has answered (tree.py).
 
-Who is here: roster.py. What counts: intake.py. The rounds: rounds.py. Blobs on their way: transfers.py. This module
-takes events, lets those decide, and sends.
+Who is here: roster.py. What counts: intake.py. The rounds: rounds.py. Blobs on their way: transfers.py. What goes out:
+outlet.py. This module takes events and lets those decide.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from fedeq_edge.consensus.admm import Consensus, DualStore
-from fedeq_edge.consensus.fixed import WHOLE
 from fedeq_edge.consensus.privacy import Accountant
-from fedeq_edge.errors import ContributionError, RemoteWireError, StateError, WireError
-from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
+from fedeq_edge.errors import ContributionError, MaskingError, RemoteWireError, StateError, WireError
+from fedeq_edge.protocol.actions import AggregatorAction, Finished, Record, Store
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.intake import FindBlob, Intake
+from fedeq_edge.protocol.masked import FEATURE
+from fedeq_edge.protocol.outlet import Counters, Outlet
 from fedeq_edge.protocol.publication import Publication
 from fedeq_edge.protocol.roster import Roster
 from fedeq_edge.protocol.rounds import Rounds
 from fedeq_edge.protocol.state import AggregatorState
-from fedeq_edge.protocol.transfers import RETRY_S, Downloads, Pieces, Uploads
+from fedeq_edge.protocol.transfers import RETRY_S, Downloads, Uploads
 from fedeq_edge.protocol.tree import Upstream
 from fedeq_edge.wire import chunks, coding, messages
-from fedeq_edge.wire.chunks import ENVELOPE_BYTES, PACKET_LIMIT_BYTES
 
-Subject = Literal["contribution", "report"]
+if TYPE_CHECKING:
+    from fedeq_edge.protocol.masked_rounds import MaskedRounds
+
 # A device that is refused again and again is counted, but fills no log and gets no more answers until the next round.
 PATIENCE: Final = 20
-# The step of the consensus is one retained message for all where at least half the fleet works in every round.
-_BROADCAST_FRACTION: Final = 0.5
-
-
-@dataclass(slots=True)
-class Counters:
-    """Since the start of this process. bytes: payloads as they came and went."""
-
-    accepted: int = 0
-    duplicates: int = 0
-    resyncs: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
 
 
 @dataclass(slots=True)
@@ -84,15 +76,15 @@ class Aggregator:
     _rounds: Rounds = field(init=False)
     _published: Publication = field(init=False)
     _uploads: Uploads = field(init=False)
+    _out: Outlet = field(init=False)
     _upstream: Upstream | None = None
+    _masked: "MaskedRounds | None" = None
     _downloads: Downloads = field(default_factory=Downloads)
-    _packet_limit: int | None = None
     _final_at: float | None = None
     _idle_since: float | None = None  # a worker has no devices for a round since then
     _unable: set[str] = field(default_factory=set)  # devices that could not make their personal model
     _asked: dict[str, float] = field(default_factory=dict)  # when a task went out that no device has reacted to
     _troubles: Counter[str] = field(default_factory=Counter)  # refusals of each device in this round
-    _actions: list[AggregatorAction] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         state, consensus = self.state, self.consensus
@@ -103,8 +95,13 @@ class Aggregator:
         self._rounds = Rounds(self.federation, consensus, state, self._roster, self._published, self.key)
         self._intake = Intake(self.federation, consensus, state)
         self._uploads = Uploads(self._intake.limit_bytes)
+        self._out = Outlet(self.federation, consensus, state, self._published, self.counters)
         if self.federation.root is not None:
             self._upstream = Upstream(self.federation, self.federation.root, state, self._published)
+        if self.federation.masking is not None:
+            from fedeq_edge.protocol.masked_rounds import MaskedRounds  # noqa: PLC0415  # cryptography, where asked for
+
+            self._masked = MaskedRounds(self.federation.masking, self._rounds, state, self.boot)
 
     # Coming back after a crash
 
@@ -126,8 +123,10 @@ class Aggregator:
         """Go on with the round that was open when the snapshot was taken. Call before the first `replay`."""
         if self.state.status == "running" and self.state.open:
             self._rounds.resume(now)
-            self._note("resumes a round", round=self.state.round, cohort=len(self.state.cohort))
-        return self._flush()
+            if self._masked is not None:
+                self._masked.resume(now)
+            self._out.note("resumes a round", round=self.state.round, cohort=len(self.state.cohort))
+        return self._out.flush()
 
     # Events
 
@@ -136,18 +135,18 @@ class Aggregator:
 
         packet_limit: largest packet of the broker, bytes; None where it has told none.
         """
-        self._packet_limit, self._rounds.connected_at = packet_limit, now
+        self._out.packet_limit, self._rounds.connected_at = packet_limit, now
         birth = messages.encode(messages.AggregatorState(boot=self.boot))
-        self._publish(self.federation.topics.aggregator, birth, retain=True)
-        self._publish_manifest()
-        self._publish_step()
+        self._out.publish(self.federation.topics.aggregator, birth, retain=True)
+        self._out.manifest()
+        self._out.step()
         self._downloads.clear(packet_limit)
         if self._upstream is not None:
             self._upstream.say_at_once()
         for device in self._roster.online:
-            self._send_task(device, now)
+            self._remind(device, now)
         self._check(now)
-        return self._flush()
+        return self._out.flush()
 
     def arrived(self, topic: str, payload: bytes, now: float) -> list[AggregatorAction]:
         """A payload came; what does not follow the protocol is counted, noted and dropped."""
@@ -160,26 +159,28 @@ class Aggregator:
         self.counters.bytes_in += len(payload)
         if device in self.state.denied:
             self._refuse("denied", device, "it is on the deny list; `fedeq aggregator allow` takes it off")
-            return self._flush()
+            return self._out.flush()
         try:
             self._dispatch(device, branch, messages.decode(payload), now)
         except WireError as error:
             self._refuse("malformed", device, str(error))
         self._check(now)
-        return self._flush()
+        return self._out.flush()
 
     def tick(self, now: float) -> list[AggregatorAction]:
         """Close what is due, say again what was not acknowledged."""
         for device, pieces in self._downloads.stalled(now):
-            self._send_pieces(device, pieces)
+            self._out.pieces(device, pieces)
         for device in [device for device, asked_at in self._asked.items() if now - asked_at >= RETRY_S]:
             self._send_task(device, now)
+        for device in self._masked.silent(now) if self._masked is not None else ():
+            self._remind(device, now)
         self._uploads.forget_idle(now)
         self._send_grants(now)
         for device, pieces in self._downloads.grants(now):
-            self._send_pieces(device, pieces)
+            self._out.pieces(device, pieces)
         self._check(now)
-        return self._flush()
+        return self._out.flush()
 
     # What an operator orders
 
@@ -187,12 +188,13 @@ class Aggregator:
         """The operator says that this device never comes back: its share leaves the sums."""
         if device in self.consensus.members:
             self._drop_member(device)
-            self._snapshot()
-            self._note("retired", device=device)
+            self._out.snapshot()
+            self._out.note("retired", device=device)
         self._leave(device)
         self._uploads.forget(device)
+        self._add_up_without(device, now)
         self._check(now)
-        return self._flush()
+        return self._out.flush()
 
     def deny(self, device: str, now: float) -> list[AggregatorAction]:
         """Nothing is taken from this device any more, from now on.
@@ -206,19 +208,20 @@ class Aggregator:
             self._drop_member(device)
         self._leave(device)
         self._uploads.forget(device)
-        self._snapshot()
-        self._note("denied", device=device)
+        self._out.snapshot()
+        self._out.note("denied", device=device)
+        self._add_up_without(device, now)
         self._check(now)
-        return self._flush()
+        return self._out.flush()
 
     def allow(self, device: str, now: float) -> list[AggregatorAction]:
         """A denied device may take part again; it joins anew when it says that it is here."""
         if device in self.state.denied:
             self.state.denied.discard(device)
-            self._snapshot()
-            self._note("allowed", device=device)
+            self._out.snapshot()
+            self._out.note("allowed", device=device)
         self._check(now)
-        return self._flush()
+        return self._out.flush()
 
     def offline(self) -> bytes:
         """Payload of our farewell and last will."""
@@ -243,6 +246,7 @@ class Aggregator:
             "refusals": dict(self.refusals),
             "denied": sorted(state.denied),
             "privacy": self._privacy(),
+            "masking": None if self._masked is None else self._masked.status(),
             "counters": {
                 **{name: getattr(self.counters, name) for name in Counters.__slots__},
                 "repeated_bytes": self._downloads.repeated_bytes,
@@ -287,6 +291,8 @@ class Aggregator:
             self._on_decline(device, message)
         elif isinstance(message, messages.Differs):
             self._on_differs(device, message, now)
+        elif isinstance(message, messages.MaskingStep):
+            self._on_masking(device, message, received.body)
         else:
             raise RemoteWireError(f"a device does not send a {type(message).__name__.lower()} message")
 
@@ -295,7 +301,7 @@ class Aggregator:
             known = self._roster.birth(device)
             if known is not None and known.boot == message.boot:
                 self._leave(device)
-                self._note("device left", device=device)
+                self._out.note("device left", device=device)
         elif isinstance(message, messages.Birth):
             self._on_birth(device, message, now)
         else:
@@ -313,6 +319,10 @@ class Aggregator:
             wanted = " or ".join(self.federation.up)
             self._refuse("codec", device, f"it does not speak {wanted}; update its agent")
             return
+        if self._masked is not None and FEATURE not in birth.codecs:
+            self._leave(device)
+            self._refuse("codec", device, "it cannot mask: pip install 'fedeq-edge[masking]' on it")
+            return
         if birth.samples > limit:
             self._leave(device)
             self._refuse(
@@ -320,22 +330,22 @@ class Aggregator:
             )
             return
         if device not in self._roster:
-            self._note("device is here", device=device, samples=birth.samples, profile=birth.profile)
+            self._out.note("device is here", device=device, samples=birth.samples, profile=birth.profile)
         started = self._roster.welcome(device, birth)
         member = self.consensus.members.get(device)
         if member is not None and member.samples != birth.samples:
             self.consensus.set_samples(device, birth.samples)
-            self._snapshot()
+            self._out.snapshot()
         if started and self.federation.schedule.mode == "async":
             self._invite(device)
-        self._send_task(device, now)
+        self._remind(device, now)
 
     def _invite(self, device: str) -> None:
         """In "async" mode a newcomer, or a device whose work was lost with its program, starts at once."""
         if self.state.open and device in self._roster.askable():
             self._rounds.join_newcomers()
             self._rounds.invite(device)
-            self._snapshot()
+            self._out.snapshot()
 
     def _on_differs(self, device: str, differs: messages.Differs, now: float) -> None:
         """A device holds another dual than its task named: it joins anew, unless the task was an old one."""
@@ -352,10 +362,10 @@ class Aggregator:
             )
             return
         if differs.expected == member.dual:
-            self._note("device lost its state and joins anew", device=device)
+            self._out.note("device lost its state and joins anew", device=device)
             self.counters.resyncs += 1
             self._rounds.join(device, counted_until=max(member.accepted_round, differs.after))
-            self._snapshot()
+            self._out.snapshot()
         self._send_task(device, now)
 
     def _on_fetch(self, device: str, fetch: messages.Fetch, now: float) -> None:
@@ -368,7 +378,7 @@ class Aggregator:
             return  # it answers an older task; the newer one is on its way
         self._asked.pop(device, None)
         self.counters.resyncs += blob is None and bool(fetch.base)
-        self._send_pieces(device, self._downloads.begin(device, blob or self._published.whole(), now))
+        self._out.pieces(device, self._downloads.begin(device, blob or self._published.whole(), now))
 
     def _reassigned(self, device: str, now: float) -> bool:
         """In "async" mode the consensus may have moved on since a device's task: it gets one for what it is now.
@@ -380,36 +390,40 @@ class Aggregator:
             return False
         self._rounds.forget_tasks(device)
         self._rounds.invite(device)
-        self._snapshot()
+        self._out.snapshot()
         self._send_task(device, now)
         return True
 
     def _on_ack(self, device: str, ack: messages.ChunkAck, now: float) -> None:
-        self._send_pieces(device, self._downloads.acknowledged(device, ack, now))
+        self._out.pieces(device, self._downloads.acknowledged(device, ack, now))
         for waiting, pieces in self._downloads.grants(now):
-            self._send_pieces(waiting, pieces)
+            self._out.pieces(waiting, pieces)
 
     def _on_offer(self, device: str, offer: messages.Offer, now: float) -> None:
         member = self.state.members.get(device)
         if member is not None and offer.transfer == member.transfer:
             self.counters.duplicates += 1
-            self._send_verdict(device, "contribution", member.accepted_round, factor=member.factor)
+            self._out.verdict(device, "contribution", member.accepted_round, factor=member.factor)
+            return
+        if self._masked is not None and self._masked.holds(offer.transfer):
+            self.counters.duplicates += 1
+            self._out.send(device, messages.ChunkAck(transfer=offer.transfer, bitmap=chunks.whole(offer.size)))
             return
         bitmap = self._uploads.offer(device, offer.transfer, offer.size, now)
         if bitmap is not None:
-            self._send(device, messages.ChunkAck(transfer=offer.transfer, bitmap=bitmap))
+            self._out.send(device, messages.ChunkAck(transfer=offer.transfer, bitmap=bitmap))
 
     def _on_chunk(self, device: str, chunk: messages.Chunk, body: memoryview, now: float) -> None:
         bitmap, blob = self._uploads.add(device, chunk.transfer, chunk.size, chunk.index, body, now)
         if blob is None:
-            self._send(device, messages.ChunkAck(transfer=chunk.transfer, bitmap=bitmap))
+            self._out.send(device, messages.ChunkAck(transfer=chunk.transfer, bitmap=bitmap))
         else:
             self._take(device, blob, chunk.transfer)
             self._send_grants(now)
 
     def _send_grants(self, now: float) -> None:
         for device, transfer, bitmap in self._uploads.grants(now):
-            self._send(device, messages.ChunkAck(transfer=transfer, bitmap=bitmap))
+            self._out.send(device, messages.ChunkAck(transfer=transfer, bitmap=bitmap))
 
     def _on_report(self, device: str, report: messages.Report) -> None:
         if report.run != self.state.run or self.state.status not in ("finishing", "finished"):
@@ -418,11 +432,11 @@ class Aggregator:
         if device not in self.reports:
             self.reports[device] = report
             line = {"kind": "report", "device": device, **msgspec.to_builtins(report)}
-            self._actions.append(Record(line=line))
-        self._send_verdict(device, "report", report.round)
+            self._out.append(Record(line=line))
+        self._out.verdict(device, "report", report.round)
 
     def _on_decline(self, device: str, decline: messages.Decline) -> None:
-        self._note("device declines", device=device, round=decline.round, reason=decline.reason)
+        self._out.note("device declines", device=device, round=decline.round, reason=decline.reason)
         current = decline.run == self.state.run and decline.round == self.state.round
         if self.state.status == "finishing" and decline.run == self.state.run:
             self._asked.pop(device, None)
@@ -434,13 +448,16 @@ class Aggregator:
     # Contributions
 
     def _take(self, device: str, blob: bytes, transfer: bytes) -> None:
+        if self._masked is not None:
+            self._take_masked(self._masked, device, blob, transfer)
+            return
         received = messages.decode(blob)
         number = messages.contribution(received).round
         try:
             taken = self._intake.take(device, received, transfer)
         except ContributionError as error:
             if self._refuse(error.code, device, str(error)):
-                self._send_verdict(device, "contribution", number, error)
+                self._out.verdict(device, "contribution", number, error)
             return
         if taken.kappa is None:
             self.counters.duplicates += 1
@@ -448,8 +465,39 @@ class Aggregator:
             self.counters.accepted += 1
             self._asked.pop(device, None)
             self._roster.heard(device, taken.message.metrics)
-            self._actions.append(Store(device=device, round=number, kappa=taken.kappa, factor=taken.factor, blob=blob))
-        self._send_verdict(device, "contribution", number, factor=taken.factor)
+            self._out.append(Store(device=device, round=number, kappa=taken.kappa, factor=taken.factor, blob=blob))
+        self._out.verdict(device, "contribution", number, factor=taken.factor)
+
+    def _take_masked(self, masked: "MaskedRounds", device: str, blob: bytes, transfer: bytes) -> None:
+        """Into the sum, or refused; its verdict comes with that of the sum."""
+        received = messages.decode(blob)
+        message = messages.contribution(received)
+        number, member = message.round, self.state.members.get(device)
+        if member is not None and message.run == self.state.run and number <= member.accepted_round:
+            self.counters.duplicates += 1
+            self._out.verdict(device, "contribution", number)
+            return
+        try:
+            if masked.holds(transfer):
+                self.counters.duplicates += 1
+            else:
+                self._intake.check(device, message)
+                masked.take(device, received, transfer)
+                self._asked.pop(device, None)
+                self._roster.heard(device, message.metrics)
+        except ContributionError as error:
+            if self._refuse(error.code, device, str(error)) and error.code != "session":
+                self._out.verdict(device, "contribution", number, error)
+            return
+        self._out.send(device, messages.ChunkAck(transfer=transfer, bitmap=chunks.whole(len(blob))))
+
+    def _on_masking(self, device: str, step: messages.MaskingStep, body: memoryview) -> None:
+        if self._masked is None:
+            raise RemoteWireError("this federation adds up in the open")
+        try:
+            self._masked.hear(device, step, body)
+        except ContributionError as error:
+            self._refuse(error.code, device, str(error))
 
     def _take_back(self, device: str) -> None:
         """What this device contributed since the last close does not count; the sums are exact, so no trace is left."""
@@ -460,10 +508,7 @@ class Aggregator:
 
     def _blob_of(self, device: str, number: int) -> bytes | None:
         """A contribution that counts in the open round, also where it is on its way to the disk."""
-        for action in self._actions:
-            if isinstance(action, Store) and (action.device, action.round) == (device, number):
-                return action.blob
-        return self.find_blob(device, number)
+        return self._out.stored(device, number) or self.find_blob(device, number)
 
     def _drop_member(self, device: str) -> None:
         self.consensus.retire(device)
@@ -477,7 +522,7 @@ class Aggregator:
         if self._troubles[device] > PATIENCE:
             return False
         last = "; further ones are counted only" if self._troubles[device] == PATIENCE else ""
-        self._note("refused", device=device, round=self.state.round, code=code, reason=reason + last)
+        self._out.note("refused", device=device, round=self.state.round, code=code, reason=reason + last)
         return True
 
     # Rounds
@@ -489,9 +534,11 @@ class Aggregator:
         elif self.state.status == "finished":
             return
         elif self._upstream is not None and self._upstream.waiting:
-            self._actions += self._upstream.say(self.state.handed, now)
+            self._out.extend(self._upstream.say(self.state.handed, now))
         elif not self.state.open:
             self._open_if_possible(now)
+        elif self._masked is not None:
+            self._check_masked(self._masked, now)
         else:
             due = self._rounds.due(now)
             if due == "close":
@@ -515,18 +562,25 @@ class Aggregator:
         first = self.state.status == "waiting"
         self._rounds.open(now)
         self._troubles.clear()
-        self._snapshot()
+        if self._masked is not None:
+            self._masked.begin(now)
+        self._out.snapshot()
         if first:
-            self._publish_manifest()
+            self._out.manifest()
         for device in self.state.cohort:
             self._send_task(device, now)
 
     def _extend_round(self, now: float) -> None:
+        contributed, trouble = len(self.state.contributed), ""
         self._rounds.extend(now)
-        self._snapshot()
-        contributed = len(self.state.contributed)
-        self._note("round lacks its quorum and goes on", round=self.state.round, contributed=contributed)
-        self._publish_manifest()  # a device that has missed it cannot work
+        if self._masked is not None:
+            trouble = self._masked.trouble
+            self._masked.begin(now)
+        self._out.snapshot()
+        self._out.note(
+            "round lacks its quorum and goes on", round=self.state.round, contributed=contributed, trouble=trouble
+        )
+        self._out.manifest()  # a device that has missed it cannot work
         for device in self._roster.online:
             self._send_task(device, now)
 
@@ -535,14 +589,94 @@ class Aggregator:
             self._hand_over(self._upstream, now)
             return
         line = self._rounds.close(now, lambda: self._intake.differences(self._blob_of))
-        self._actions.append(Record(line=line))
+        self._out.append(Record(line=line))
         if self.federation.privacy is not None:
-            self._snapshot()
-        self._publish_step()
+            self._out.snapshot()
+        self._go_on(now)
+
+    def _go_on(self, now: float) -> None:
+        """After a close."""
+        self._out.step()
         if self.state.round >= self.federation.rounds:
             self._finish(now)
         else:
             self._open_if_possible(now)
+
+    # Masked rounds
+
+    def _check_masked(self, masked: "MaskedRounds", now: float) -> None:
+        """Go on with the sum of the open round."""
+        if masked.complete:
+            self._unmask(masked, now)
+        elif masked.revealing:
+            if masked.overdue(now, self.federation.schedule.deadline_s):
+                self._give_up(masked, "too few of its devices stayed to the end of their masked sum", now)
+        else:
+            for device in masked.advance(now):
+                self._prompt(device, now)
+            due = self._rounds.due(now)
+            if due == "close" and masked.close(now):
+                self._out.snapshot()
+                for device in self.state.contributed:
+                    self._prompt(device, now)
+            elif due is not None and self._rounds.overdue(now):
+                self._extend_round(now)
+
+    def _unmask(self, masked: "MaskedRounds", now: float) -> None:
+        try:
+            partial, transfers, wrong = masked.unmask()
+            self.consensus.accept_sum(partial)
+        except (MaskingError, ContributionError) as error:
+            self._give_up(masked, str(error), now)
+            return
+        for trouble in wrong:
+            self._out.note("masked sum", round=self.state.round, trouble=trouble)
+        for device, transfer in transfers.items():
+            self._intake.settle(device, self.state.round, transfer)
+        self.counters.accepted += len(transfers)
+        self._end_sum(masked, now, transfers, None)
+
+    def _give_up(self, masked: "MaskedRounds", why: str, now: float) -> None:
+        """The round has no sum: its devices have revealed too much to make another, and the consensus stays."""
+        devices, self.state.contributed = list(self.state.contributed), {}
+        refusal = ContributionError("unmasked", f"round {self.state.round} has failed: {why}")
+        self.refusals[refusal.code] += len(devices)
+        self._out.note("round failed", round=self.state.round, devices=len(devices), reason=why)
+        self._end_sum(masked, now, devices, refusal)
+
+    def _end_sum(
+        self, masked: "MaskedRounds", now: float, devices: Iterable[str], refusal: ContributionError | None
+    ) -> None:
+        """Close the round; its devices hear what has become of their contributions once that is on the disk."""
+        number = self.state.round
+        masked.end()
+        line = {**self._rounds.close(now, lambda: ()), "failed": None if refusal is None else str(refusal)}
+        self._out.append(Record(line=line))
+        self._out.snapshot()
+        for device in devices:
+            self._out.verdict(device, "contribution", number, refusal)
+        self._go_on(now)
+
+    def _add_up_without(self, device: str, now: float) -> None:
+        """A device that has left for good is in no sum from here on."""
+        if self._masked is None or not self._masked.concerns(device):
+            return
+        if self._masked.revealing:
+            self._give_up(self._masked, f"device {device} was taken out after its sum was closed", now)
+        else:
+            self._masked.begin(now)
+            for other in self.state.cohort:
+                self._send_task(other, now)
+
+    def _remind(self, device: str, now: float) -> None:
+        """What this device is to do now, if anything: its task, and its part in a masked sum."""
+        self._send_task(device, now)
+        self._prompt(device, now)
+
+    def _prompt(self, device: str, now: float) -> None:
+        prompt = self._masked.prompt(device, now) if self._masked is not None and device in self._roster else None
+        if prompt is not None:
+            self._out.send(device, *prompt)
 
     # A worker's rounds
 
@@ -556,10 +690,10 @@ class Aggregator:
         blob = upstream.blob(share)
         if share.weight:
             self.state.handed = blob
-            self._actions.append(Record(line=line))
-            self._snapshot()
+            self._out.append(Record(line=line))
+            self._out.snapshot()
             upstream.say_at_once()
-        self._actions += upstream.say(blob, now)
+        self._out.extend(upstream.say(blob, now))
 
     def _pass_round(self, upstream: Upstream, now: float) -> None:
         """A worker without devices for a round lets the others go on after its deadline."""
@@ -572,11 +706,11 @@ class Aggregator:
             heard = upstream.heard(payload)
             if heard is not None:
                 self._follow(*heard, now=now)
-                self._actions.append(upstream.acknowledgement())
+                self._out.append(upstream.acknowledgement())
         except WireError as error:
             self._refuse("malformed", "root", str(error))
         self._check(now)
-        return self._flush()
+        return self._out.flush()
 
     def _follow(self, model: messages.Model, body: memoryview, *, now: float) -> None:
         """The root's consensus is ours, unless it was before."""
@@ -589,19 +723,19 @@ class Aggregator:
             self._rounds.abandon()
         state.root_run, state.root_round, state.handed = model.run, model.round, b""
         state.round, self._idle_since = max(state.round, model.round), None
-        self._publish_step()
+        self._out.step()
         if model.round >= self.federation.rounds:
             self._finish(now)
         else:
-            self._snapshot()
+            self._out.snapshot()
 
     # The end
 
     def _finish(self, now: float) -> None:
         self.state.status = "finishing"
         self._final_at = now + self.federation.schedule.final_s
-        self._snapshot()
-        self._publish_manifest()
+        self._out.snapshot()
+        self._out.manifest()
         for device in self._roster.online:
             self._send_task(device, now)
 
@@ -611,9 +745,9 @@ class Aggregator:
         all_in = all(device in self.reports or device in self._unable for device in self.consensus.members)
         if all_in or now >= self._final_at:
             self.state.status = "finished"
-            self._snapshot()
-            self._publish_manifest()
-            self._actions.append(Finished())
+            self._out.snapshot()
+            self._out.manifest()
+            self._out.append(Finished())
 
     # Sending
 
@@ -622,6 +756,8 @@ class Aggregator:
         if self.state.status == "finishing":
             asked = device in self.consensus.members and device not in self._unable
             return asked and device not in self.reports
+        if self._masked is not None and self._masked.revealing:
+            return False  # nothing can come to this sum any more
         return self._rounds.owes(device)
 
     def _send_task(self, device: str, now: float) -> None:
@@ -643,70 +779,9 @@ class Aggregator:
             after=member.accepted_round,
             duals=member.dual if self.federation.method.server == "fresh" else None,
             final=final,
+            masking=None if final or self._masked is None else self._masked.terms(device),
         )
-        self._send(device, task)
-
-    def _send_verdict(
-        self,
-        device: str,
-        subject: Subject,
-        round_number: int,
-        refusal: ContributionError | None = None,
-        factor: int = WHOLE,
-    ) -> None:
-        verdict = messages.Verdict(
-            run=self.state.run,
-            subject=subject,
-            round=round_number,
-            accepted=refusal is None,
-            code="" if refusal is None else refusal.code,
-            reason="" if refusal is None else str(refusal)[:512],
-            factor=factor,
-        )
-        self._send(device, verdict)
-
-    def _send_pieces(self, device: str, pieces: Pieces) -> None:
-        for chunk, piece in pieces:
-            self._send(device, chunk, piece)
-
-    def _send(self, device: str, message: messages.Message, body: bytes = b"") -> None:
-        self._publish(self.federation.topics.down(device), messages.encode(message, body))
-
-    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        self.counters.bytes_out += len(payload)
-        self._actions.append(Publish(topic=topic, payload=payload, retain=retain))
-
-    def _publish_manifest(self) -> None:
-        manifest = messages.Manifest(
-            run=self.state.run,
-            status=self.state.status,
-            model=dict(self.federation.model),
-            plan=dict(self.federation.plan),
-            method=msgspec.to_builtins(self.federation.method),
-            seed=self.federation.seed,
-        )
-        self._publish(self.federation.topics.manifest, messages.encode(manifest), retain=True)
-
-    def _publish_step(self) -> None:
-        """The last step of the consensus for everybody at once, where most of them need it and it fits a packet."""
-        step, schedule = self._published.step, self.federation.schedule
-        limit = PACKET_LIMIT_BYTES if self._packet_limit is None else self._packet_limit
-        fits = len(step) + ENVELOPE_BYTES <= limit
-        if step and fits and schedule.mode == "rounds" and schedule.fraction >= _BROADCAST_FRACTION:
-            self._publish(self.federation.topics.model, step, retain=True)
-
-    # Bookkeeping
-
-    def _snapshot(self) -> None:
-        copied = msgspec.convert(msgspec.to_builtins(self.state, builtin_types=(bytes,)), AggregatorState)
-        self._actions.append(Snapshot(state=copied, consensus=self.consensus.snapshot()))
-
-    def _note(self, event: str, **facts: object) -> None:
-        self._actions.append(Note(event=event, facts=facts))
-
-    def _flush(self) -> list[AggregatorAction]:
-        actions, self._actions = self._actions, []
-        return actions
+        self._out.send(device, task)
 
 
 def new_state(run: str) -> AggregatorState:

@@ -8,6 +8,8 @@ Rule 2: the dual moves when the aggregator has accepted, never before (`_settle`
 the state on disk and is sent again after every reconnect; the aggregator knows a repeated one by (device, round).
 Rule 3: nothing is remembered of a connection. After `connected` the machine says again who it is and what it owes.
 Rule 4: what a code leaves out stays in the problem: the dual moves by the *decoded* difference, as on the server.
+In a masked round nothing is sent that tells of it alone (masked_device.py), and the verdict comes with the whole sum;
+where that is missed, the next task says what has counted.
 Rule 5: no training with a dual that the aggregator does not hold: its task names the one that counts (`_agrees`).
 """
 
@@ -16,13 +18,13 @@ import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import numpy as np
 
 from fedeq_edge.consensus.fixed import WHOLE, dual_value
-from fedeq_edge.errors import LocalWireError, RemoteWireError, WireError
+from fedeq_edge.errors import ContributionError, LocalWireError, RemoteWireError, WireError
 from fedeq_edge.protocol.actions import (
     ClientAction,
     Configure,
@@ -35,10 +37,14 @@ from fedeq_edge.protocol.actions import (
     Settle,
     Train,
 )
+from fedeq_edge.protocol.masked import FEATURE
 from fedeq_edge.protocol.state import ClientState, Pending, settled, vector_digest
 from fedeq_edge.training.step import LocalResult, LocalTask, Personal
 from fedeq_edge.wire import chunks, coding, messages
 from fedeq_edge.wire.topics import Topics
+
+if TYPE_CHECKING:
+    from fedeq_edge.protocol.masked_device import Answer, Part
 
 RETRY_S: Final = 10.0  # an aggregator that answers at all does so within a second; slow links need a few per chunk
 # Contributions that a start decodes to have nu again; and the whole state is written once in as many rounds.
@@ -87,6 +93,7 @@ class Client:
     _incoming: chunks.Incoming | None = None
     _fetching: bytes = b""  # digest of the consensus on its way to us
     _wants_whole: bool = False  # a difference did not decode to the consensus that was asked for
+    _part: "Part | None" = None  # in the masked sum of the newest task
     _report: messages.Report | None = None
     _progress_at: float = 0.0
     _battery: float | None = None
@@ -196,12 +203,17 @@ class Client:
             self._on_manifest(message, now)
         elif isinstance(message, messages.Model) and topic == self.topics.model:
             self._on_step(message, received.body, now)
-        elif topic != self.topics.down(self.identity.device):
-            return
-        elif isinstance(message, messages.Task):
+        elif topic == self.topics.down(self.identity.device):
+            self._on_own(message, received.body, now)
+
+    def _on_own(self, message: messages.Message, body: memoryview, now: float) -> None:
+        """A message to us alone."""
+        if isinstance(message, messages.Task):
             self._on_task(message, now)
+        elif isinstance(message, messages.MaskingStep):
+            self._on_masking(message, body, now)
         elif isinstance(message, messages.Chunk):
-            self._on_chunk(message, received.body, now)
+            self._on_chunk(message, body, now)
         elif isinstance(message, messages.ChunkAck):
             self._on_ack(message, now)
         elif isinstance(message, messages.Verdict):
@@ -230,7 +242,7 @@ class Client:
         """Another federation than the one we remember: start it with nothing."""
         if self.state.run:
             self._note("joins another federation", run=run, instead_of=self.state.run)
-        self._outgoing = self._report = None
+        self._outgoing = self._report = self._part = None
         if self._task is not None and self._task.run != run:
             self._task = None
         self._stop_fetching()
@@ -242,7 +254,26 @@ class Client:
             raise RemoteWireError(f"task has penalty {task.kappa} and deadline {task.deadline_s} s: both are above 0")
         if self._task is None or task.run != self._task.run or task.round >= self._task.round:
             self._task = task
+            if self._part is not None and task.masking is not None and task.masking.session == self._part.session:
+                self._send(*self._part.keys())  # it is asked again: they may have been lost
         self._advance(now)
+
+    def _on_masking(self, step: messages.MaskingStep, body: memoryview, now: float) -> None:
+        if self._part is None or step.session != self._part.session:
+            return  # of a sum that was given up, or that we have dropped out of by a restart
+        answer = self._part.hear(step, body)
+        if answer is not None:
+            self._note_reveal(answer)
+            self._send(*answer)
+        self._advance(now)
+
+    def _note_reveal(self, answer: "Answer") -> None:
+        """A reveal makes a sum known. Two over different devices tell their difference, so that we are in no other."""
+        pending = self.state.pending
+        if answer[0].step == "reveal" and pending is not None and not pending.revealed:
+            pending = msgspec.structs.replace(pending, revealed=True)
+            self.state = msgspec.structs.replace(self.state, pending=pending)
+            self._actions.append(Keep(pending=pending, head=self.state.head))
 
     def _on_step(self, model: messages.Model, body: memoryview, now: float) -> None:
         """The consensus has made a step, told to everybody at once; who stands elsewhere asks when it has a task."""
@@ -331,6 +362,7 @@ class Client:
         """Do the next thing that the newest task asks for."""
         if self._manifest is None or self._manifest.run != self.state.run:
             return
+        self._take_part()
         if self.state.pending is not None:
             if self._outgoing is None:
                 self._send_pending(now)
@@ -344,6 +376,27 @@ class Client:
             self._fetch(task, now)
         else:
             self._work(task)
+
+    def _take_part(self) -> None:
+        """Be in the masked sum of the newest task, if it wants one."""
+        task, pending = self._task, self.state.pending
+        if task is None or task.run != self.state.run:
+            return
+        if pending is not None and pending.masked and (task.final or task.round > pending.round):
+            self._settled(accepted=task.after >= pending.round)  # the sum is made, and its verdict was lost
+            pending = self._outgoing = None
+        terms, part = task.masking, self._part
+        if terms is None or task.round <= self.state.accepted_round or (part and part.session == terms.session):
+            return
+        if FEATURE not in self.codecs:
+            self._decline(task, "its rounds are masked: pip install 'fedeq-edge[masking]' on this device")
+        elif pending is not None and pending.round == task.round and pending.revealed:
+            self._decline(task, "its contribution may be in a sum already, and must not be in two")
+        else:
+            from fedeq_edge.protocol.masked_device import Part  # noqa: PLC0415  # cryptography, where it is needed
+
+            self._part, self._outgoing = Part(self.identity.device, task.round, terms), None
+            self._send(*self._part.keys())
 
     def _agrees(self, task: messages.Task) -> bool:
         """Whether our dual is the one that the task counts with, if need be by starting at zero again.
@@ -405,7 +458,8 @@ class Client:
             metrics=_metrics(result, usage, self.link.repeated_bytes),
         )
         blob = messages.encode(message, body)
-        return Pending(round=task.round, kappa=task.kappa, blob=blob, transfer=chunks.digest(blob))
+        masked = task.masking is not None
+        return Pending(round=task.round, kappa=task.kappa, blob=blob, transfer=chunks.digest(blob), masked=masked)
 
     def _seed(self, round_number: int) -> int:
         """The same for a repeated round, another for every device, round and federation."""
@@ -438,9 +492,22 @@ class Client:
         self._advance(now)
 
     def _send_pending(self, now: float) -> None:
-        assert self.state.pending is not None
-        self._outgoing = chunks.Outgoing(self.state.pending.blob, self.link, self.state.pending.transfer)
-        self._offer(now)
+        pending = self.state.pending
+        assert pending is not None
+        if not pending.masked:
+            self._outgoing = chunks.Outgoing(pending.blob, self.link, pending.transfer)
+            self._offer(now)
+        elif self._part is not None and self._part.ready and self._part.round == pending.round:
+            self._send_masked(self._part, pending, now)
+
+    def _send_masked(self, part: "Part", pending: Pending, now: float) -> None:
+        try:
+            self._outgoing = chunks.Outgoing(part.mask(pending), self.link)
+            self._offer(now)
+        except (WireError, ContributionError) as error:
+            self._settled(accepted=False)
+            if self._task is not None:
+                self._decline(self._task, str(error))
 
     def _offer(self, now: float) -> None:
         """Ask to send the contribution, and from where; one that fits a block needs no asking."""
@@ -475,6 +542,8 @@ class Client:
 
     def _settled(self, *, accepted: bool, factor: int = WHOLE) -> None:
         """The pending contribution is, on the disk by a word; now and then the whole state is written instead."""
+        if self._part is not None and self.state.pending is not None and self._part.round == self.state.pending.round:
+            self._part = None  # the secrets of a sum that is made, or that we are not in
         self.state = settled(self.state, accepted=accepted, factor=factor)
         self._unfolded += 1
         if self._unfolded >= SETTLED_A_SAVE:

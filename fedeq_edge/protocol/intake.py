@@ -69,6 +69,11 @@ class Intake:
         self._remember(device, message, kappa, factor, transfer)
         return Taken(message, kappa, factor)
 
+    def settle(self, device: str, number: int, transfer: bytes) -> None:
+        """The contribution of this device to round `number` has counted, in a sum. transfer: sha256 of its blob."""
+        member = self.state.members[device]
+        member.accepted_round, member.transfer, member.factor = number, transfer, WHOLE
+
     def take_back(self, device: str, blob: bytes) -> None:
         """A contribution that was taken since the last close does not count: the sums are as if it had never come."""
         received = messages.decode(blob)

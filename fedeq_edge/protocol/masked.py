@@ -9,12 +9,12 @@ FEATURE: Final = "masked"
 """A device that can says so among the codecs of its birth."""
 
 
-def installed() -> bool:
-    """Whether this machine can mask: the extra "masking" is there."""
-    return importlib.util.find_spec("cryptography") is not None
+def features() -> tuple[str, ...]:
+    """What a device of this machine adds to the codecs of its birth."""
+    return (FEATURE,) if importlib.util.find_spec("cryptography") else ()
 
 
 def check_installed() -> None:
-    """Raises ConfigError where this machine cannot."""
-    if not installed():
+    """Raises ConfigError where this machine cannot mask."""
+    if not features():
         raise ConfigError("masked sums need cryptography: pip install 'fedeq-edge[masking]'")

@@ -99,13 +99,14 @@ class MaskedRounds:
             session=self._session,
             omega=self._weights[device].omega,
             bound=self._bound,
+            length=self.rounds.consensus.z_hat.size,
             threshold=self.masking.threshold,
         )
 
     # What devices answer
 
     def hear(self, device: str, step: messages.MaskingStep, body: memoryview) -> None:
-        """The answer of a device to the present step counts; one that is repeated, or of another session, is passed over.
+        """The answer of a device to the present step counts; a repeated one, or one of another session, is passed over.
 
         Raises ContributionError where it is refused, RemoteWireError where it is no answer at all.
         """
@@ -195,15 +196,19 @@ class MaskedRounds:
             device: self._prompt("delivery", encode(delivery)) for device, delivery in server.close_shares().items()
         }
 
-    def close(self, now: float) -> list[str]:
-        """No contribution comes to the sum any more: it is the one of this round, once it is on disk. Whom to prompt.
+    def close(self, now: float) -> bool:
+        """Whether no contribution comes to the sum any more: it is the one of this round, once it is on disk.
 
-        Raises MaskingError where the sum would be one of too few.
+        False where it would be a sum of too few.
         """
         server = self._server
         if server is None:
-            raise MaskingError("masked sum: none was begun")
-        server.close_masked()
+            return False
+        try:
+            server.close_masked()
+        except MaskingError as error:
+            self.trouble = str(error)
+            return False
         self.state.revealing = Revealing(
             session=self._session,
             attempt=self.attempt,
@@ -211,16 +216,16 @@ class MaskedRounds:
             weights={device: (weights.omega, weights.penalty) for device, weights in self._counted().items()},
             transfers=dict(self._transfers),
         )
-        return self._ask_for_reveals(server, now)
+        self._ask_for_reveals(server, now)
+        return True
 
     def _counted(self) -> dict[str, Weights]:
         return {device: self._weights[device] for device in self._transfers}
 
-    def _ask_for_reveals(self, server: MaskingServer, now: float) -> list[str]:
+    def _ask_for_reveals(self, server: MaskingServer, now: float) -> None:
         body = encode(server.survivors)
         prompts = {device: self._prompt("survivors", body) for device in self._transfers}
         self._ask(prompts, prompts, now)
-        return sorted(prompts)
 
     def _prompt(self, step: Literal["roster", "delivery", "survivors"], body: bytes) -> Prompt:
         return messages.MaskingStep(session=self._session, step=step), body

@@ -133,11 +133,15 @@ class Rounds:
             contributed=self.state.contributed,
             late=self.state.late,
             declined=self.declined,
-            deadline_passed=now >= self._deadline_at,
+            deadline_passed=self.overdue(now),
         )
         if progress.closes(self.federation.schedule):
             return "close"
         return "extend" if progress.deadline_passed else None
+
+    def overdue(self, now: float) -> bool:
+        """Whether the deadline of the open round has passed."""
+        return now >= self._deadline_at
 
     def extend(self, now: float) -> None:
         """Too few have contributed: wait for another deadline and ask everybody who may be asked."""

@@ -35,15 +35,16 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True):
     """A contribution on its way: kept until the aggregator's verdict. blob: the encoded message, sent as it is.
 
     transfer: sha256 of the blob. Once it is accepted nu moves by kappa times the difference in it.
-    session: of the masked sum that the task asked it for, empty in open rounds. Then the blob itself never leaves the
-    device: what does is made of it, and not kept (protocol/masked_device.py).
+    masked: the task asked for it in a masked sum. Then the blob itself never leaves the device: what does is made of
+    it, and not kept (protocol/masked_device.py). revealed: we have helped to unmask a sum that may hold it.
     """
 
     round: int
     kappa: float
     blob: bytes
     transfer: bytes
-    session: bytes = b""
+    masked: bool = False
+    revealed: bool = False
 
 
 class ClientState(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,7 +37,8 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     head: Vector
     blob: bytes
     transfer: bytes
-    session: bytes = b""
+    masked: bool = False
+    revealed: bool = False
 
 
 class ClientFolder:
@@ -74,7 +75,15 @@ class ClientFolder:
 
     def keep(self, pending: Pending, head: Vector) -> None:
         """The contribution and the head are on the disk."""
-        blob = structs.pack(_Kept(head=head, blob=pending.blob, transfer=pending.transfer, session=pending.session))
+        blob = structs.pack(
+            _Kept(
+                head=head,
+                blob=pending.blob,
+                transfer=pending.transfer,
+                masked=pending.masked,
+                revealed=pending.revealed,
+            )
+        )
         self._log.append(Record(device=_PENDING, round=pending.round, kappa=fixed_penalty(pending.kappa), blob=blob))
         self._log.commit()
 
@@ -96,6 +105,7 @@ def _moved(state: ClientState, record: Record) -> ClientState:
         kappa=penalty_of(record.kappa),
         blob=kept.blob,
         transfer=kept.transfer,
-        session=kept.session,
+        masked=kept.masked,
+        revealed=kept.revealed,
     )
     return msgspec.structs.replace(state, pending=pending, head=kept.head)

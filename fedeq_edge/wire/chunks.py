@@ -41,6 +41,11 @@ def block_count(size: int) -> int:
     return -(-size // BLOCK_BYTES)
 
 
+def whole(size: int) -> bytes:
+    """Bitmap of a blob of `size` bytes of which every block is there."""
+    return _as_bitmap((1 << block_count(size)) - 1, size)
+
+
 @dataclass(slots=True)
 class Link:
     """What is known of the way to the other side: it outlives transfers and connections.

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from fedeq_edge import structs
 from fedeq_edge.consensus.admm import Consensus, DualStore, MemoryDuals
+from fedeq_edge.consensus.fixed import WHOLE
+from fedeq_edge.consensus.masked import Masking
 from fedeq_edge.consensus.methods import METHODS, Method
 from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.protocol.actions import (
@@ -40,8 +42,9 @@ from fedeq_edge.protocol.actions import Finished as FederationOver
 from fedeq_edge.protocol.aggregator import Aggregator, new_state
 from fedeq_edge.protocol.client import Client, Identity, Usage
 from fedeq_edge.protocol.federation import Federation
+from fedeq_edge.protocol.masked import FEATURE
 from fedeq_edge.protocol.schedule import Schedule
-from fedeq_edge.protocol.state import AggregatorState, ClientState, settled
+from fedeq_edge.protocol.state import AggregatorState, ClientState, Pending, settled
 from fedeq_edge.storage import AggregatorFolder, ClientFolder
 from fedeq_edge.training.step import Budget, LocalResult, LocalTask, Personal
 from fedeq_edge.transport.base import Arrived, Connected, Event, Will
@@ -125,7 +128,10 @@ class Device:
         self.notes: list[Note] = []
         self.trained: list[int] = []  # rounds, in the order of training
         self.configured: list[messages.Manifest] = []
-        self.codecs: tuple[str, ...] = coding.CODECS
+        self.kept: dict[
+            int, Pending
+        ] = {}  # its own contributions by round, as nobody else may see them in masked rounds
+        self.codecs: tuple[str, ...] = (*coding.CODECS, *((FEATURE,) if fleet.masking else ()))
         self.holds_back = False  # a straggler: its trainer does not come to an end
         self.start()
 
@@ -162,6 +168,8 @@ class Device:
         self._kept = state
 
     def _write(self, action: Save | Keep | Settle) -> None:
+        if isinstance(action, Keep):
+            self.kept[action.pending.round] = action.pending
         if self._disk:
             self._disk.write(action)
         elif isinstance(action, Save):
@@ -235,6 +243,7 @@ class Fleet:
     up: tuple[coding.Codec, ...] = ()  # as codec
     method: Method = ADMM
     privacy: Privacy | None = None
+    masking: Masking | None = None
     schedule: Schedule | None = None
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     folder: Path | None = None
@@ -285,6 +294,7 @@ class Fleet:
             up=self.up or (self.codec,),
             down=self.codec,
             privacy=self.privacy,
+            masking=self.masking,
         )
 
     # Time
@@ -414,7 +424,19 @@ class Fleet:
         if self._disk:
             self._disk.record(action.line)
         if action.line["kind"] == "round":
+            if self.masking:
+                self._store_summed(action.line)
             self._history.append(("close", action.line["round"]))
+
+    def _store_summed(self, line: Mapping[str, Any]) -> None:
+        """What the aggregator has counted without seeing it, as the devices have it."""
+        number = line["round"]
+        known = {(store.device, store.round) for store in self.stored}
+        for name in [name for name in line["contributed"] if (name, number) not in known]:
+            pending = self.devices[name].kept[number]
+            store = Store(device=name, round=number, kappa=pending.kappa, factor=WHOLE, blob=pending.blob)
+            self.stored.append(store)
+            self._history.append(("store", store))
 
     # What must be true
 
