@@ -23,7 +23,7 @@ class Masking(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     exchange, seconds > 0.
     """
 
-    limit: float = 16.0
+    limit: float = 4.0
     threshold: float = 2 / 3
     step_s: float = 20.0
 

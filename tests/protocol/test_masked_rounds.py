@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -12,11 +13,14 @@ import pytest
 from fedeq_edge.consensus import METHODS, dual_step
 from fedeq_edge.consensus.fixed import FixedVector
 from fedeq_edge.consensus.masked import Masking
+from fedeq_edge.consensus.privacy import Privacy
+from fedeq_edge.errors import ConfigError
+from fedeq_edge.masking import Keys, encode
 from fedeq_edge.protocol.actions import Store
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.transport.memory import MemoryBroker
 from fedeq_edge.wire import coding, messages
-from tests.protocol.fleet import SIZE, Fleet, Quadratics
+from tests.protocol.fleet import ADMM, SIZE, Fleet, Quadratics, contribution, upload
 
 MEAN = msgspec.structs.replace(METHODS["fedeq-published"], rho=1.0)
 FIVE = Quadratics.drawn(5)
@@ -125,3 +129,169 @@ def test_a_bad_network_and_random_restarts_leave_the_sums_right(seed: int, tmp_p
     broker.loss = broker.duplicate = 0.0
     fleet.run()
     check(fleet)
+
+
+@dataclass(slots=True)
+class Overheard(MemoryBroker):
+    """A broker that keeps what it is told."""
+
+    payloads: list[bytes] = field(default_factory=list)
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        self.payloads.append(payload)
+        MemoryBroker.publish(self, topic, payload, retain=retain)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_nothing_that_is_sent_tells_of_a_contribution_alone(masked: bool) -> None:
+    broker = Overheard()
+    fleet = fleet_of(Quadratics.drawn(5, size=3000), masked=masked, broker=broker)
+    fleet.run()
+    assert len(fleet.stored) == 15
+    said = b"".join(broker.payloads)
+    values = b"".join(bytes(messages.decode(store.blob).body) for store in fleet.stored)
+    found = sum(values[start : start + 16] in said for start in range(0, len(values), 1600))
+    assert (found == 0) == masked  # in the open they are found, so that the search is one
+
+
+def test_a_masked_vector_of_many_blocks_goes_on_where_its_connection_broke() -> None:
+    fleet = fleet_of(Quadratics.drawn(5, size=30_000), rounds=1)
+    fleet.run(lambda: len(fleet.aggregator._uploads) > 0)
+    fleet.devices["d2"].transport.cut()
+    fleet.devices["d2"].transport.restore()
+    fleet.run()
+    fleet.check_counted_once()
+    assert len(fleet.stored) == 5
+
+
+def test_too_few_who_stay_to_the_end_fail_the_round_and_move_nothing() -> None:
+    fleet = fleet_of(rounds=2)
+    fleet.run(lambda: at("reveal")(fleet))
+    for name in ("d0", "d1"):
+        fleet.devices[name].crash()
+    before = fleet.aggregator.consensus.z_hat
+    fleet.run_to_round(2)
+    failed = fleet.lines[0]
+    assert failed["contributed"] == []
+    assert "too few" in failed["failed"]
+    np.testing.assert_array_equal(fleet.aggregator.consensus.z_hat, before)
+    fleet.run(lambda: fleet.devices["d2"].client.state.accepted_round == 2)
+    assert fleet.devices["d2"].client.refusals == {"unmasked": 1}
+    assert fleet.aggregator.refusals["unmasked"] == 5
+    assert {store.round for store in fleet.stored} == {2}
+    fleet.check_counted_once()
+
+
+@pytest.mark.parametrize("stage", ["keys", "shares", "masked"])
+def test_who_is_denied_is_in_no_sum(stage: str) -> None:
+    fleet = fleet_of()
+    fleet.devices["d4"].holds_back = stage == "masked"
+    fleet.run(lambda: at(stage)(fleet))
+    if stage == "masked":
+        fleet.settle()
+    fleet._carry_out(fleet.aggregator.deny("d0", fleet.now))
+    fleet.devices["d4"].holds_back = False
+    fleet.run()
+    assert {name for line in fleet.lines if line["kind"] == "round" for name in line["contributed"]} == {
+        "d1",
+        "d2",
+        "d3",
+        "d4",
+    }
+
+
+def test_a_sum_that_holds_a_denied_device_is_not_used() -> None:
+    fleet = fleet_of()
+    fleet.run(lambda: at("reveal")(fleet))
+    fleet._carry_out(fleet.aggregator.deny("d0", fleet.now))
+    assert "d0 was taken out" in fleet.lines[0]["failed"]
+    fleet.run()
+    assert {name for line in fleet.lines if line["kind"] == "round" for name in line["contributed"]} == {
+        "d1",
+        "d2",
+        "d3",
+        "d4",
+    }
+
+
+def test_a_contribution_in_the_open_is_refused() -> None:
+    fleet = fleet_of()
+    fleet.devices["d0"].holds_back = True
+    fleet.settle()
+    message, body = contribution(fleet, "d0")
+    upload(fleet, "d0", messages.encode(message, body))
+    verdict = fleet.messages_to("d0", messages.Verdict)[-1]
+    assert (verdict.accepted, verdict.code) == (False, "masking")
+    assert "not masked" in verdict.reason
+
+
+def test_a_masked_contribution_to_open_rounds_is_refused() -> None:
+    fleet = fleet_of(masked=False)
+    fleet.devices["d0"].holds_back = True
+    fleet.settle()
+    message, body = contribution(fleet, "d0", session=bytes(32))
+    upload(fleet, "d0", messages.encode(message, body))
+    assert fleet.messages_to("d0", messages.Verdict)[-1].code == "masking"
+
+
+def test_a_straggler_is_told_that_its_sum_is_closed_and_is_in_the_next() -> None:
+    fleet = fleet_of(rounds=3)
+    late = fleet.devices["d3"]
+    late.holds_back = True
+    fleet.run_to_round(2)
+    late.holds_back = False
+    fleet.run()
+    assert [sorted(line["contributed"]) for line in fleet.lines[:2]] == [
+        ["d0", "d1", "d2", "d4"],
+        ["d0", "d1", "d2", "d3", "d4"],
+    ]
+    check(fleet)
+
+
+def test_a_parameter_beyond_the_limit_declines_the_round_and_says_what_to_change() -> None:
+    fleet = fleet_of(Quadratics(FIVE.curvature, FIVE.centre * 100.0, FIVE.samples), rounds=1)
+    fleet.run(lambda: len(fleet.aggregator.status()["declined"]) == 5)
+    declined = fleet.aggregator.status()["declined"]
+    assert all("raise masking.limit" in reason for reason in declined.values())
+
+
+@pytest.mark.parametrize("step", ["keys", "shares", "reveal", "roster", "delivery", "survivors"])
+def test_a_step_that_nobody_asked_for_changes_nothing(step: str) -> None:
+    fleet = fleet_of()
+    fleet.devices["d0"].holds_back = True
+    fleet.settle()
+    session = fleet.messages_to("d0", messages.Task)[-1].masking.session
+    for body in (b"", b"\x93\xc4\x00", encode(Keys(mask=bytes(32), seal=bytes(range(32)))), bytes(1000)):
+        for name in ("d0", "stranger"):
+            named = messages.MaskingStep(session=session, step=cast("Any", step))
+            fleet.feed(name, messages.encode(named, body))
+    fleet.devices["d0"].holds_back = False
+    fleet.run()
+    check(fleet)
+
+
+def test_a_device_that_cannot_mask_stays_out_and_learns_why() -> None:
+    fleet = fleet_of(Quadratics.drawn(6))
+    fleet.devices["d5"].codecs = coding.CODECS
+    fleet.devices["d5"].restart()
+    fleet.run()
+    assert "d5" not in fleet.aggregator.consensus.members
+    assert fleet.aggregator.refusals["codec"] >= 1
+    assert any("fedeq-edge[masking]" in str(note.facts.get("reason")) for note in fleet.notes)
+
+
+def test_what_masked_rounds_cannot_keep_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="server = 'fresh'"):
+        fleet_of(method=ADMM)
+    with pytest.raises(ConfigError, match="every single difference"):
+        fleet_of(method=msgspec.structs.replace(MEAN, robust="clip"))
+    with pytest.raises(ConfigError, match=r"schedule\.mode"):
+        fleet_of(schedule=Schedule(mode="async", min_devices=3))
+    with pytest.raises(ConfigError, match="min_devices is 2"):
+        fleet_of(schedule=Schedule(min_devices=2))
+    with pytest.raises(ConfigError, match="choose"):
+        fleet_of(privacy=Privacy(clip=0.5, noise_multiplier=0.1))
+    with pytest.raises(ConfigError, match=r"masking\.limit"):
+        Masking(limit=0.0)
+    with pytest.raises(ConfigError, match=r"masking\.threshold"):
+        Masking(threshold=0.5)

@@ -43,7 +43,10 @@ def client_data(seed: int) -> ClientData:
 
 
 class Fleet:
-    """Processes of one federation under one folder. Nothing runs until it is started; `close` leaves nothing."""
+    """Processes of one federation under one folder. Nothing runs until it is started; `close` leaves nothing.
+
+    changes: further AggregatorSettings.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Fleet:
         version: Literal["3.1.1", "5"] = "5",
         devices: tuple[str, ...] = DEVICES,
         rounds: int = 3,
+        **changes: Any,
     ) -> None:
         self.folder = folder
         self.name = folder.name  # brokers are shared
@@ -68,6 +72,7 @@ class Fleet:
             train=Plan(rounds=rounds, refit_steps=20),
             schedule=Schedule(min_devices=len(devices), quorum=1.0, deadline_s=60.0, final_s=60.0),
             broker=broker,
+            **changes,
         )
         (folder / "aggregator.toml").write_text(settings.to_toml(federation))
         for seed, device in enumerate(devices):
@@ -214,6 +219,7 @@ class MakeFleet(Protocol):
         version: Literal["3.1.1", "5"] = "5",
         devices: tuple[str, ...] = DEVICES,
         rounds: int = 3,
+        **changes: Any,
     ) -> Fleet: ...
 
 
@@ -228,8 +234,10 @@ def make_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeFleet]:
             version: Literal["3.1.1", "5"] = "5",
             devices: tuple[str, ...] = DEVICES,
             rounds: int = 3,
+            **changes: Any,
         ) -> Fleet:
-            fleet = Fleet(tmp_path_factory.mktemp("fleet"), url, version=version, devices=devices, rounds=rounds)
+            folder = tmp_path_factory.mktemp("fleet")
+            fleet = Fleet(folder, url, version=version, devices=devices, rounds=rounds, **changes)
             fleets.callback(fleet.close)
             return fleet
 
