@@ -1,7 +1,8 @@
 """Weighted consensus ADMM on exact integers: numpy only; no clock, file, socket or logger (algorithm.md, section 4)."""
 
-from fedeq_edge.consensus.admm import Consensus, DualStore, Member, MemoryDuals, PartialSum, RoundReport
+from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.consensus.constraint import Constraint, MonotoneBound, RowBound, SpectralBound, feasible, project
+from fedeq_edge.consensus.duals import DualStore, MemoryDuals
 from fedeq_edge.consensus.fixed import (
     dual_step,
     dual_value,
@@ -11,6 +12,7 @@ from fedeq_edge.consensus.fixed import (
     scaled,
 )
 from fedeq_edge.consensus.methods import METHODS, Method, method
+from fedeq_edge.consensus.records import Member, PartialSum, RoundReport
 
 __all__ = [
     "METHODS",

@@ -28,33 +28,32 @@ outlet.py. This module takes events and lets those decide.
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fedeq_edge.consensus.admm import Consensus, DualStore
+from fedeq_edge.consensus.admm import Consensus
+from fedeq_edge.consensus.duals import DualStore
 from fedeq_edge.consensus.privacy import Accountant
-from fedeq_edge.errors import ContributionError, MaskingError, RemoteWireError, StateError, WireError
-from fedeq_edge.protocol.actions import AggregatorAction, Finished, Record, Store
+from fedeq_edge.errors import ContributionError, RemoteWireError, StateError, WireError
+from fedeq_edge.protocol.actions import AggregatorAction, Record, Store
+from fedeq_edge.protocol.course import Course
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.intake import FindBlob, Intake
 from fedeq_edge.protocol.masked import FEATURE
 from fedeq_edge.protocol.outlet import Counters, Outlet
 from fedeq_edge.protocol.publication import Publication
+from fedeq_edge.protocol.refusals import Refusals
 from fedeq_edge.protocol.roster import Roster
 from fedeq_edge.protocol.rounds import Rounds
 from fedeq_edge.protocol.state import AggregatorState
-from fedeq_edge.protocol.transfers import RETRY_S, Downloads, Uploads
+from fedeq_edge.protocol.transfers import Downloads, Uploads
 from fedeq_edge.protocol.tree import Upstream
 from fedeq_edge.wire import chunks, coding, messages
 
 if TYPE_CHECKING:
     from fedeq_edge.protocol.masked_rounds import MaskedRounds
-
-# A device that is refused again and again is counted, but fills no log and gets no more answers until the next round.
-PATIENCE: Final = 20
 
 
 @dataclass(slots=True)
@@ -77,14 +76,10 @@ class Aggregator:
     _published: Publication = field(init=False)
     _uploads: Uploads = field(init=False)
     _out: Outlet = field(init=False)
-    _upstream: Upstream | None = None
+    _refusals: Refusals = field(init=False)
+    _course: Course = field(init=False)
     _masked: "MaskedRounds | None" = None
     _downloads: Downloads = field(default_factory=Downloads)
-    _final_at: float | None = None
-    _idle_since: float | None = None  # a worker has no devices for a round since then
-    _unable: set[str] = field(default_factory=set)  # devices that could not make their personal model
-    _asked: dict[str, float] = field(default_factory=dict)  # when a task went out that no device has reacted to
-    _troubles: Counter[str] = field(default_factory=Counter)  # refusals of each device in this round
 
     def __post_init__(self) -> None:
         state, consensus = self.state, self.consensus
@@ -96,12 +91,27 @@ class Aggregator:
         self._intake = Intake(self.federation, consensus, state)
         self._uploads = Uploads(self._intake.limit_bytes)
         self._out = Outlet(self.federation, consensus, state, self._published, self.counters)
-        if self.federation.root is not None:
-            self._upstream = Upstream(self.federation, self.federation.root, state, self._published)
+        self._refusals = Refusals(state, self._out, self.refusals)
         if self.federation.masking is not None:
             from fedeq_edge.protocol.masked_rounds import MaskedRounds  # noqa: PLC0415  # cryptography, where asked for
 
             self._masked = MaskedRounds(self.federation.masking, self._rounds, state, self.boot)
+        root = self.federation.root
+        self._course = Course(
+            federation=self.federation,
+            consensus=consensus,
+            state=state,
+            roster=self._roster,
+            intake=self._intake,
+            rounds=self._rounds,
+            published=self._published,
+            out=self._out,
+            refusals=self._refusals,
+            reports=self.reports,
+            blob_of=self._blob_of,
+            masked=self._masked,
+            upstream=None if root is None else Upstream(self.federation, root, state, self._published),
+        )
 
     # Coming back after a crash
 
@@ -121,11 +131,7 @@ class Aggregator:
 
     def resume(self, now: float) -> list[AggregatorAction]:
         """Go on with the round that was open when the snapshot was taken. Call before the first `replay`."""
-        if self.state.status == "running" and self.state.open:
-            self._rounds.resume(now)
-            if self._masked is not None:
-                self._masked.resume(now)
-            self._out.note("resumes a round", round=self.state.round, cohort=len(self.state.cohort))
+        self._course.resume(now)
         return self._out.flush()
 
     # Events
@@ -135,51 +141,53 @@ class Aggregator:
 
         packet_limit: largest packet of the broker, bytes; None where it has told none.
         """
-        self._out.packet_limit, self._rounds.connected_at = packet_limit, now
+        self._out.packet_limit = packet_limit
         birth = messages.encode(messages.AggregatorState(boot=self.boot))
         self._out.publish(self.federation.topics.aggregator, birth, retain=True)
         self._out.manifest()
         self._out.step()
         self._downloads.clear(packet_limit)
-        if self._upstream is not None:
-            self._upstream.say_at_once()
-        for device in self._roster.online:
-            self._remind(device, now)
-        self._check(now)
+        self._course.connected(now)
+        self._course.check(now)
         return self._out.flush()
 
     def arrived(self, topic: str, payload: bytes, now: float) -> list[AggregatorAction]:
         """A payload came; what does not follow the protocol is counted, noted and dropped."""
-        if self._upstream is not None and topic == self._upstream.down:
-            return self._root_says(self._upstream, payload, now)
+        if topic == self._course.root_topic:
+            return self._root_says(payload, now)
         source = self.federation.topics.device_of(topic)
         if source is None:
             return []
         device, branch = source
         self.counters.bytes_in += len(payload)
         if device in self.state.denied:
-            self._refuse("denied", device, "it is on the deny list; `fedeq aggregator allow` takes it off")
+            self._refusals.refuse("denied", device, "it is on the deny list; `fedeq aggregator allow` takes it off")
             return self._out.flush()
         try:
             self._dispatch(device, branch, messages.decode(payload), now)
         except WireError as error:
-            self._refuse("malformed", device, str(error))
-        self._check(now)
+            self._refusals.refuse("malformed", device, str(error))
+        self._course.check(now)
+        return self._out.flush()
+
+    def _root_says(self, payload: bytes, now: float) -> list[AggregatorAction]:
+        try:
+            self._course.root_says(payload, now)
+        except WireError as error:
+            self._refusals.refuse("malformed", "root", str(error))
+        self._course.check(now)
         return self._out.flush()
 
     def tick(self, now: float) -> list[AggregatorAction]:
         """Close what is due, say again what was not acknowledged."""
         for device, pieces in self._downloads.stalled(now):
             self._out.pieces(device, pieces)
-        for device in [device for device, asked_at in self._asked.items() if now - asked_at >= RETRY_S]:
-            self._send_task(device, now)
-        for device in self._masked.silent(now) if self._masked is not None else ():
-            self._remind(device, now)
+        self._course.repeat(now)
         self._uploads.forget_idle(now)
         self._send_grants(now)
         for device, pieces in self._downloads.grants(now):
             self._out.pieces(device, pieces)
-        self._check(now)
+        self._course.check(now)
         return self._out.flush()
 
     # What an operator orders
@@ -192,8 +200,8 @@ class Aggregator:
             self._out.note("retired", device=device)
         self._leave(device)
         self._uploads.forget(device)
-        self._add_up_without(device, now)
-        self._check(now)
+        self._course.add_up_without(device, now)
+        self._course.check(now)
         return self._out.flush()
 
     def deny(self, device: str, now: float) -> list[AggregatorAction]:
@@ -210,8 +218,8 @@ class Aggregator:
         self._uploads.forget(device)
         self._out.snapshot()
         self._out.note("denied", device=device)
-        self._add_up_without(device, now)
-        self._check(now)
+        self._course.add_up_without(device, now)
+        self._course.check(now)
         return self._out.flush()
 
     def allow(self, device: str, now: float) -> list[AggregatorAction]:
@@ -220,7 +228,7 @@ class Aggregator:
             self.state.denied.discard(device)
             self._out.snapshot()
             self._out.note("allowed", device=device)
-        self._check(now)
+        self._course.check(now)
         return self._out.flush()
 
     def offline(self) -> bytes:
@@ -309,7 +317,7 @@ class Aggregator:
 
     def _leave(self, device: str) -> None:
         self._roster.leave(device)
-        self._asked.pop(device, None)
+        self._course.heard(device)
         self._downloads.forget(device)
 
     def _on_birth(self, device: str, birth: messages.Birth, now: float) -> None:
@@ -317,15 +325,15 @@ class Aggregator:
         if self._intake.codec_for(birth) is None:
             self._leave(device)
             wanted = " or ".join(self.federation.up)
-            self._refuse("codec", device, f"it does not speak {wanted}; update its agent")
+            self._refusals.refuse("codec", device, f"it does not speak {wanted}; update its agent")
             return
         if self._masked is not None and FEATURE not in birth.codecs:
             self._leave(device)
-            self._refuse("codec", device, "it cannot mask: pip install 'fedeq-edge[masking]' on it")
+            self._refusals.refuse("codec", device, "it cannot mask: pip install 'fedeq-edge[masking]' on it")
             return
         if birth.samples > limit:
             self._leave(device)
-            self._refuse(
+            self._refusals.refuse(
                 "samples", device, f"it claims {birth.samples} samples; raise schedule.samples_limit ({limit})"
             )
             return
@@ -338,7 +346,7 @@ class Aggregator:
             self._out.snapshot()
         if started and self.federation.schedule.mode == "async":
             self._invite(device)
-        self._remind(device, now)
+        self._course.remind(device, now)
 
     def _invite(self, device: str) -> None:
         """In "async" mode a newcomer, or a device whose work was lost with its program, starts at once."""
@@ -353,8 +361,8 @@ class Aggregator:
         if differs.run != self.state.run or member is None or device not in self._roster:
             return
         if differs.after > self.state.round:
-            self._asked.pop(device, None)
-            self._refuse(
+            self._course.heard(device)
+            self._refusals.refuse(
                 "rollback",
                 device,
                 f"it has contributed to round {differs.after}, this aggregator has come to {self.state.round}; "
@@ -366,7 +374,7 @@ class Aggregator:
             self.counters.resyncs += 1
             self._rounds.join(device, counted_until=max(member.accepted_round, differs.after))
             self._out.snapshot()
-        self._send_task(device, now)
+        self._course.ask(device, now)
 
     def _on_fetch(self, device: str, fetch: messages.Fetch, now: float) -> None:
         if fetch.run != self.state.run:
@@ -376,7 +384,7 @@ class Aggregator:
         blob = self._published.step_from(fetch.base, fetch.model) if speaks else None
         if blob is None and fetch.model != self._published.base and not self._reassigned(device, now):
             return  # it answers an older task; the newer one is on its way
-        self._asked.pop(device, None)
+        self._course.heard(device)
         self.counters.resyncs += blob is None and bool(fetch.base)
         self._out.pieces(device, self._downloads.begin(device, blob or self._published.whole(), now))
 
@@ -391,7 +399,7 @@ class Aggregator:
         self._rounds.forget_tasks(device)
         self._rounds.invite(device)
         self._out.snapshot()
-        self._send_task(device, now)
+        self._course.ask(device, now)
         return True
 
     def _on_ack(self, device: str, ack: messages.ChunkAck, now: float) -> None:
@@ -428,7 +436,7 @@ class Aggregator:
     def _on_report(self, device: str, report: messages.Report) -> None:
         if report.run != self.state.run or self.state.status not in ("finishing", "finished"):
             return
-        self._asked.pop(device, None)
+        self._course.heard(device)
         if device not in self.reports:
             self.reports[device] = report
             line = {"kind": "report", "device": device, **msgspec.to_builtins(report)}
@@ -439,10 +447,9 @@ class Aggregator:
         self._out.note("device declines", device=device, round=decline.round, reason=decline.reason)
         current = decline.run == self.state.run and decline.round == self.state.round
         if self.state.status == "finishing" and decline.run == self.state.run:
-            self._asked.pop(device, None)
-            self._unable.add(device)
+            self._course.cannot_finish(device)
         elif current and self.state.open and device in self.state.cohort:
-            self._asked.pop(device, None)
+            self._course.heard(device)
             self._rounds.decline(device, decline.reason)
 
     # Contributions
@@ -456,14 +463,14 @@ class Aggregator:
         try:
             taken = self._intake.take(device, received, transfer)
         except ContributionError as error:
-            if self._refuse(error.code, device, str(error)):
+            if self._refusals.refuse(error.code, device, str(error)):
                 self._out.verdict(device, "contribution", number, error)
             return
         if taken.kappa is None:
             self.counters.duplicates += 1
         else:
             self.counters.accepted += 1
-            self._asked.pop(device, None)
+            self._course.heard(device)
             self._roster.heard(device, taken.message.metrics)
             self._out.append(Store(device=device, round=number, kappa=taken.kappa, factor=taken.factor, blob=blob))
         self._out.verdict(device, "contribution", number, factor=taken.factor)
@@ -483,10 +490,10 @@ class Aggregator:
             else:
                 self._intake.check(device, message)
                 masked.take(device, received, transfer)
-                self._asked.pop(device, None)
+                self._course.heard(device)
                 self._roster.heard(device, message.metrics)
         except ContributionError as error:
-            if self._refuse(error.code, device, str(error)) and error.code != "session":
+            if self._refusals.refuse(error.code, device, str(error)) and error.code != "session":
                 self._out.verdict(device, "contribution", number, error)
             return
         self._out.send(device, messages.ChunkAck(transfer=transfer, bitmap=chunks.whole(len(blob))))
@@ -497,7 +504,7 @@ class Aggregator:
         try:
             self._masked.hear(device, step, body)
         except ContributionError as error:
-            self._refuse(error.code, device, str(error))
+            self._refusals.refuse(error.code, device, str(error))
 
     def _take_back(self, device: str) -> None:
         """What this device contributed since the last close does not count; the sums are exact, so no trace is left."""
@@ -514,274 +521,6 @@ class Aggregator:
         self.consensus.retire(device)
         del self.state.members[device]
         self._rounds.leave(device)
-
-    def _refuse(self, code: str, device: str, reason: str) -> bool:
-        """Count it; whether it is also worth a line and an answer."""
-        self.refusals[code] += 1
-        self._troubles[device] += 1
-        if self._troubles[device] > PATIENCE:
-            return False
-        last = "; further ones are counted only" if self._troubles[device] == PATIENCE else ""
-        self._out.note("refused", device=device, round=self.state.round, code=code, reason=reason + last)
-        return True
-
-    # Rounds
-
-    def _check(self, now: float) -> None:
-        """Open, close and finish what is due."""
-        if self.state.status == "finishing":
-            self._check_reports(now)
-        elif self.state.status == "finished":
-            return
-        elif self._upstream is not None and self._upstream.waiting:
-            self._out.extend(self._upstream.say(self.state.handed, now))
-        elif not self.state.open:
-            self._open_if_possible(now)
-        elif self._masked is not None:
-            self._check_masked(self._masked, now)
-        else:
-            due = self._rounds.due(now)
-            if due == "close":
-                self._close_round(now)
-            elif due == "extend":
-                self._extend_round(now)
-
-    def _open_if_possible(self, now: float) -> None:
-        if not self._rounds.may_open(now):
-            if self._upstream is not None:
-                self._pass_round(self._upstream, now)
-            return
-        self._idle_since = None
-        self._rounds.join_newcomers()
-        if self._rounds_done >= self.federation.rounds:  # a method without exchange has no rounds
-            self._finish(now)
-        else:
-            self._open_round(now)
-
-    def _open_round(self, now: float) -> None:
-        first = self.state.status == "waiting"
-        self._rounds.open(now)
-        self._troubles.clear()
-        if self._masked is not None:
-            self._masked.begin(now)
-        self._out.snapshot()
-        if first:
-            self._out.manifest()
-        for device in self.state.cohort:
-            self._send_task(device, now)
-
-    def _extend_round(self, now: float) -> None:
-        contributed, trouble = len(self.state.contributed), ""
-        self._rounds.extend(now)
-        if self._masked is not None:
-            trouble = self._masked.trouble
-            self._masked.begin(now)
-        self._out.snapshot()
-        self._out.note(
-            "round lacks its quorum and goes on", round=self.state.round, contributed=contributed, trouble=trouble
-        )
-        self._out.manifest()  # a device that has missed it cannot work
-        for device in self._roster.online:
-            self._send_task(device, now)
-
-    def _close_round(self, now: float) -> None:
-        if self._upstream is not None:
-            self._hand_over(self._upstream, now)
-            return
-        line = self._rounds.close(now, lambda: self._intake.differences(self._blob_of))
-        self._out.append(Record(line=line))
-        if self.federation.privacy is not None:
-            self._out.snapshot()
-        self._go_on(now)
-
-    def _go_on(self, now: float) -> None:
-        """After a close."""
-        self._out.step()
-        if self.state.round >= self.federation.rounds:
-            self._finish(now)
-        else:
-            self._open_if_possible(now)
-
-    # Masked rounds
-
-    def _check_masked(self, masked: "MaskedRounds", now: float) -> None:
-        """Go on with the sum of the open round."""
-        if masked.complete:
-            self._unmask(masked, now)
-        elif masked.revealing:
-            if masked.overdue(now, self.federation.schedule.deadline_s):
-                self._give_up(masked, "too few of its devices stayed to the end of their masked sum", now)
-        else:
-            for device in masked.advance(now):
-                self._prompt(device, now)
-            due = self._rounds.due(now)
-            if due == "close" and masked.close(now):
-                self._out.snapshot()
-                for device in self.state.contributed:
-                    self._prompt(device, now)
-            elif due is not None and self._rounds.overdue(now):
-                self._extend_round(now)
-
-    def _unmask(self, masked: "MaskedRounds", now: float) -> None:
-        try:
-            partial, transfers, wrong = masked.unmask()
-            self.consensus.accept_sum(partial)
-        except (MaskingError, ContributionError) as error:
-            self._give_up(masked, str(error), now)
-            return
-        for trouble in wrong:
-            self._out.note("masked sum", round=self.state.round, trouble=trouble)
-        for device, transfer in transfers.items():
-            self._intake.settle(device, self.state.round, transfer)
-        self.counters.accepted += len(transfers)
-        self._end_sum(masked, now, transfers, None)
-
-    def _give_up(self, masked: "MaskedRounds", why: str, now: float) -> None:
-        """The round has no sum: its devices have revealed too much to make another, and the consensus stays."""
-        devices, self.state.contributed = list(self.state.contributed), {}
-        refusal = ContributionError("unmasked", f"round {self.state.round} has failed: {why}")
-        self.refusals[refusal.code] += len(devices)
-        self._out.note("round failed", round=self.state.round, devices=len(devices), reason=why)
-        self._end_sum(masked, now, devices, refusal)
-
-    def _end_sum(
-        self, masked: "MaskedRounds", now: float, devices: Iterable[str], refusal: ContributionError | None
-    ) -> None:
-        """Close the round; its devices hear what has become of their contributions once that is on the disk."""
-        number = self.state.round
-        masked.end()
-        line = {**self._rounds.close(now, lambda: ()), "failed": None if refusal is None else str(refusal)}
-        self._out.append(Record(line=line))
-        self._out.snapshot()
-        for device in devices:
-            self._out.verdict(device, "contribution", number, refusal)
-        self._go_on(now)
-
-    def _add_up_without(self, device: str, now: float) -> None:
-        """A device that has left for good is in no sum from here on."""
-        if self._masked is None or not self._masked.concerns(device):
-            return
-        if self._masked.revealing:
-            self._give_up(self._masked, f"device {device} was taken out after its sum was closed", now)
-        else:
-            self._masked.begin(now)
-            for other in self.state.cohort:
-                self._send_task(other, now)
-
-    def _remind(self, device: str, now: float) -> None:
-        """What this device is to do now, if anything: its task, and its part in a masked sum."""
-        self._send_task(device, now)
-        self._prompt(device, now)
-
-    def _prompt(self, device: str, now: float) -> None:
-        prompt = self._masked.prompt(device, now) if self._masked is not None and device in self._roster else None
-        if prompt is not None:
-            self._out.send(device, *prompt)
-
-    # A worker's rounds
-
-    @property
-    def _rounds_done(self) -> int:
-        return self.state.round if self._upstream is None else self.state.root_round
-
-    def _hand_over(self, upstream: Upstream, now: float) -> None:
-        """The root gets what came, if anything did; with nothing, this round goes on without our devices."""
-        share, line = self._rounds.hand_over(now)
-        blob = upstream.blob(share)
-        if share.weight:
-            self.state.handed = blob
-            self._out.append(Record(line=line))
-            self._out.snapshot()
-            upstream.say_at_once()
-        self._out.extend(upstream.say(blob, now))
-
-    def _pass_round(self, upstream: Upstream, now: float) -> None:
-        """A worker without devices for a round lets the others go on after its deadline."""
-        self._idle_since = now if self._idle_since is None else self._idle_since
-        if now - self._idle_since >= self.federation.schedule.deadline_s:
-            self._hand_over(upstream, now)
-
-    def _root_says(self, upstream: Upstream, payload: bytes, now: float) -> list[AggregatorAction]:
-        try:
-            heard = upstream.heard(payload)
-            if heard is not None:
-                self._follow(*heard, now=now)
-                self._out.append(upstream.acknowledgement())
-        except WireError as error:
-            self._refuse("malformed", "root", str(error))
-        self._check(now)
-        return self._out.flush()
-
-    def _follow(self, model: messages.Model, body: memoryview, *, now: float) -> None:
-        """The root's consensus is ours, unless it was before."""
-        state = self.state
-        if model.round <= state.root_round:
-            return
-        self._published.follow(model, body)
-        self.consensus.follow(self._published.z_hat)
-        if state.open:
-            self._rounds.abandon()
-        state.root_run, state.root_round, state.handed = model.run, model.round, b""
-        state.round, self._idle_since = max(state.round, model.round), None
-        self._out.step()
-        if model.round >= self.federation.rounds:
-            self._finish(now)
-        else:
-            self._out.snapshot()
-
-    # The end
-
-    def _finish(self, now: float) -> None:
-        self.state.status = "finishing"
-        self._final_at = now + self.federation.schedule.final_s
-        self._out.snapshot()
-        self._out.manifest()
-        for device in self._roster.online:
-            self._send_task(device, now)
-
-    def _check_reports(self, now: float) -> None:
-        if self._final_at is None:  # we came back after a crash
-            self._final_at = now + self.federation.schedule.final_s
-        all_in = all(device in self.reports or device in self._unable for device in self.consensus.members)
-        if all_in or now >= self._final_at:
-            self.state.status = "finished"
-            self._out.snapshot()
-            self._out.manifest()
-            self._out.append(Finished())
-
-    # Sending
-
-    def _owes(self, device: str) -> bool:
-        """Whether this device has something to do now."""
-        if self.state.status == "finishing":
-            asked = device in self.consensus.members and device not in self._unable
-            return asked and device not in self.reports
-        if self._masked is not None and self._masked.revealing:
-            return False  # nothing can come to this sum any more
-        return self._rounds.owes(device)
-
-    def _send_task(self, device: str, now: float) -> None:
-        """What this device is to do now, if anything."""
-        self._asked.pop(device, None)
-        birth = self._roster.birth(device)
-        if birth is None or not self._owes(device):
-            return
-        self._asked[device] = now
-        final, member = self.state.status == "finishing", self.state.members[device]
-        schedule = self.federation.schedule
-        task = messages.Task(
-            run=self.state.run,
-            round=self.state.round + (1 if final else 0),
-            model=self._published.base,
-            kappa=self._rounds.kappa(device),
-            deadline_s=schedule.final_s if final else schedule.deadline_s,
-            codec=self._intake.codec_for(birth) or self.federation.up[-1],
-            after=member.accepted_round,
-            duals=member.dual if self.federation.method.server == "fresh" else None,
-            final=final,
-            masking=None if final or self._masked is None else self._masked.terms(device),
-        )
-        self._out.send(device, task)
 
 
 def new_state(run: str) -> AggregatorState:

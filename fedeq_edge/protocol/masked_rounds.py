@@ -20,9 +20,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from fedeq_edge.consensus.admm import PartialSum
 from fedeq_edge.consensus.masked import Masking
 from fedeq_edge.consensus.quality import Weights
+from fedeq_edge.consensus.records import PartialSum
 from fedeq_edge.errors import ConfigError, ContributionError, MaskingError
 from fedeq_edge.masking import Keys, Masked, MaskingServer, Message, Reveal, Shares, Terms, decode, encode
 from fedeq_edge.protocol.rounds import Rounds

@@ -14,8 +14,9 @@ from typing import Final, Literal
 import msgspec
 
 from fedeq_edge.consensus import quality
-from fedeq_edge.consensus.admm import Consensus, RoundReport, Share
+from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.consensus.privacy import Accountant, Draw, Release
+from fedeq_edge.consensus.records import RoundReport, Share
 from fedeq_edge.consensus.robust import Contributions
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.protocol.publication import Publication

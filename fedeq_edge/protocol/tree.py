@@ -26,7 +26,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from fedeq_edge.consensus import admm
+from fedeq_edge.consensus import records
 from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.errors import ContributionError, RemoteWireError, WireError
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot
@@ -71,7 +71,7 @@ class Parcel:
         return incoming.blob()
 
 
-def share_blob(share: admm.Share, *, round_number: int, base: bytes, federation: Federation) -> bytes:
+def share_blob(share: records.Share, *, round_number: int, base: bytes, federation: Federation) -> bytes:
     """A worker's share as it travels."""
     message = messages.Share(
         round=round_number,
@@ -86,13 +86,13 @@ def share_blob(share: admm.Share, *, round_number: int, base: bytes, federation:
     return messages.encode(message, np.concatenate(vectors).astype("<i8").tobytes())
 
 
-def share_of(message: messages.Share, body: memoryview, federation: Federation) -> admm.Share:
+def share_of(message: messages.Share, body: memoryview, federation: Federation) -> records.Share:
     """The share in a message. Raises RemoteWireError where its body has another length than it says."""
     vectors = 2 if federation.method.server == "fresh" else 1
     if len(body) != 8 * vectors * message.length:
         raise RemoteWireError(f"share of {message.length} values with {len(body)} bytes")
     both = np.frombuffer(body, "<i8").astype(np.int64).reshape(vectors, message.length)
-    return admm.Share(
+    return records.Share(
         steps=both[0],
         weight=int(message.weight),
         squares=int(message.squares),
@@ -129,7 +129,7 @@ class Upstream:
         """Whether the root has a share of ours to answer, so that no round may open."""
         return bool(self.state.handed)
 
-    def blob(self, share: admm.Share) -> bytes:
+    def blob(self, share: records.Share) -> bytes:
         """The share for the round after the last one that we know of."""
         return share_blob(
             share, round_number=self.state.root_round + 1, base=self.published.base, federation=self.federation
@@ -184,7 +184,7 @@ class Root:
     workers: tuple[str, ...]
     boot: str
     refusals: Counter[str] = field(default_factory=Counter)
-    _shares: dict[str, admm.Share] = field(default_factory=dict)
+    _shares: dict[str, records.Share] = field(default_factory=dict)
     _parcels: dict[str, Parcel] = field(default_factory=dict)
     _acknowledged: set[str] = field(default_factory=set)
     _opened_at: float = 0.0
@@ -320,7 +320,7 @@ class Root:
         self._snapshot()
         self._actions.append(Finished())
 
-    def _line(self, report: admm.RoundReport, now: float) -> Mapping[str, object]:
+    def _line(self, report: records.RoundReport, now: float) -> Mapping[str, object]:
         return {
             "kind": "round",
             "round": self.state.round,

@@ -270,7 +270,7 @@ class MaskingStep(Message, frozen=True, kw_only=True):
 
 
 class Share(Message, frozen=True, kw_only=True):
-    """What a worker's devices contribute to round `round` and hold after it (consensus/admm.py, `Share`).
+    """What a worker's devices contribute to round `round` and hold after it (consensus/records.py, `Share`).
 
     In the body: steps, and duals where the method keeps some, each `length` little-endian int64. base: digest of the
     consensus that the worker holds, and federation: of what it trains, which is the same for root and workers.

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedeq_edge.consensus.admm import Consensus, MemoryDuals, PartialSum
+from fedeq_edge.consensus.admm import Consensus
+from fedeq_edge.consensus.duals import MemoryDuals
 from fedeq_edge.consensus.fixed import SUM_LIMIT, FixedVector, FloatVector
 from fedeq_edge.consensus.methods import Method, method
+from fedeq_edge.consensus.records import PartialSum
 from fedeq_edge.errors import ConfigError, ContributionError
 
 DEVICES = tuple(f"pi-{i}" for i in range(6))

@@ -13,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fedeq_edge.consensus.admm import Consensus, MemoryDuals
+from fedeq_edge.consensus.admm import Consensus
+from fedeq_edge.consensus.duals import MemoryDuals
 from fedeq_edge.consensus.fixed import FixedVector, FloatVector, dual_step
 from fedeq_edge.consensus.methods import Method, method
 from fedeq_edge.errors import ContributionError

@@ -7,9 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedeq_edge.consensus.admm import Consensus, Share
+from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.consensus.fixed import SUM_LIMIT, FloatVector
 from fedeq_edge.consensus.methods import Method, method
+from fedeq_edge.consensus.records import Share
 from fedeq_edge.errors import ConfigError, ContributionError
 
 SIZE = 50

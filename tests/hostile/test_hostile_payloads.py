@@ -7,7 +7,7 @@ import pytest
 
 from fedeq_edge.errors import RemoteWireError
 from fedeq_edge.protocol.actions import Note, Publish
-from fedeq_edge.protocol.aggregator import PATIENCE
+from fedeq_edge.protocol.refusals import PATIENCE
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.protocol.state import vector_digest
 from fedeq_edge.wire import messages

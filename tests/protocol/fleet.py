@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge import structs
-from fedeq_edge.consensus.admm import Consensus, DualStore, MemoryDuals
+from fedeq_edge.consensus.admm import Consensus
+from fedeq_edge.consensus.duals import DualStore, MemoryDuals
 from fedeq_edge.consensus.fixed import WHOLE
 from fedeq_edge.consensus.masked import Masking
 from fedeq_edge.consensus.methods import METHODS, Method

@@ -7,8 +7,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedeq_edge.protocol.aggregator import PATIENCE
 from fedeq_edge.protocol.intake import LARGEST_STEP
+from fedeq_edge.protocol.refusals import PATIENCE
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.protocol.transfers import AWAY_S
 from fedeq_edge.wire import messages

@@ -7,8 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedeq_edge.consensus.admm import Consensus, MemoryDuals, Share
+from fedeq_edge.consensus.admm import Consensus
+from fedeq_edge.consensus.duals import MemoryDuals
 from fedeq_edge.consensus.methods import method
+from fedeq_edge.consensus.records import Share
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Snapshot
 from fedeq_edge.protocol.aggregator import Aggregator, new_state
 from fedeq_edge.protocol.federation import Federation
