@@ -37,24 +37,11 @@ EXAMPLES: list[messages.Message] = [
     ),
     messages.Task(run="r", round=3, model=DIGEST, kappa=0.1, deadline_s=60.0, codec="int4+z", after=2, duals=DIGEST),
     messages.Task(run="r", round=3, model=DIGEST, kappa=0.1, deadline_s=60.0, codec="f32", duals=None, final=True),
-    messages.Task(
-        run="r",
-        round=3,
-        model=DIGEST,
-        kappa=0.1,
-        deadline_s=60.0,
-        codec="f32",
-        masking=messages.MaskingTerms(session=DIGEST, omega=60, bound=2**62, length=100, threshold=2 / 3),
-    ),
-    messages.MaskingStep(session=DIGEST, step="keys"),
     messages.Fetch(run="r", model=DIGEST, base=b""),
     messages.Chunk(transfer=DIGEST, index=0, size=1),
     messages.ChunkAck(transfer=DIGEST, bitmap=b"\x01"),
     messages.Contribution(
         run="r", round=3, boot="b", base=DIGEST, samples=60, codec="int8", length=100, metrics=METRICS
-    ),
-    messages.Contribution(
-        run="r", round=3, boot="b", base=DIGEST, samples=60, codec="int8", length=9, metrics=METRICS, session=DIGEST
     ),
     messages.Verdict(run="r", subject="contribution", round=3, accepted=False, code="digest", reason="Ω" * 256),
     messages.Model(run="r", round=3, model=DIGEST, base=b"", codec="f32", length=100),
@@ -78,6 +65,19 @@ EXAMPLES: list[messages.Message] = [
     messages.Offer(transfer=DIGEST, size=1),
     messages.Share(
         round=3, base=DIGEST, federation=DIGEST, length=4, weight="7", squares=str(2**200), penalties=str(2**70)
+    ),
+    messages.Task(
+        run="r",
+        round=3,
+        model=DIGEST,
+        kappa=0.1,
+        deadline_s=60.0,
+        codec="f32",
+        masking=messages.MaskingTerms(session=DIGEST, omega=60, bound=2**62, length=100, threshold=2 / 3),
+    ),
+    messages.MaskingStep(session=DIGEST, step="keys"),
+    messages.Contribution(
+        run="r", round=3, boot="b", base=DIGEST, samples=60, codec="int8", length=9, metrics=METRICS, session=DIGEST
     ),
 ]
 
