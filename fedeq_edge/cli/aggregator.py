@@ -110,8 +110,16 @@ def _privacy(current: dict[str, Any]) -> str:
     return f"; epsilon {told['epsilon']:.3g}, planned {told['planned']:.3g} at delta {told['delta']:g}"
 
 
+def _masking(current: dict[str, Any]) -> str:
+    told = current.get("masking")
+    if told is None or told["step"] is None:
+        return ""
+    trouble = f" ({told['trouble']})" if told["trouble"] else ""
+    return f"; masked sum: {told['answered']} of {told['expected']} answered in step {told['step']}{trouble}"
+
+
 def _known(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"  # nobody was drawn for a private round
+    return "-" if value is None else f"{value:.3g}"  # nobody was drawn for a private round, or it was masked
 
 
 def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
@@ -126,6 +134,7 @@ def _show(current: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         return
     console.print(
         f"online {len(current['online'])} of {current['members']} members{_denied(current)}{_privacy(current)}"
+        f"{_masking(current)}"
     )
     counted = {**current["counters"], **{f"refused: {code}": number for code, number in current["refusals"].items()}}
     console.print(", ".join(f"{name} {number}" for name, number in counted.items() if number) or "nothing counted yet")
