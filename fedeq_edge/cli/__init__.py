@@ -11,7 +11,7 @@ import typer
 
 from fedeq_edge import __version__, logs
 from fedeq_edge.cli import agent, aggregator, broker, chaos, data, demo, device, model
-from fedeq_edge.errors import ConfigError, FedEqError
+from fedeq_edge.errors import ConfigError, FedEqError, ProvisionError
 
 # Optional packages by the extra that brings them.
 _EXTRAS = {
@@ -20,6 +20,9 @@ _EXTRAS = {
     "onnxruntime": "device",
     "sklearn": "demo",
     "jinja2": "demo",
+    "cryptography": "fleet",
+    "asyncssh": "fleet",
+    "tuf": "fleet",
 }
 
 app = typer.Typer(
@@ -62,6 +65,9 @@ def main() -> None:
     """Run the command line; errors raised on purpose become one line on stderr."""
     try:
         app()
+    except ProvisionError as error:
+        typer.echo(f"fedeq: {error}", err=True)
+        sys.exit(error.exit)
     except FedEqError as error:
         typer.echo(f"fedeq: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -15,7 +15,7 @@ FLOORS = {
     0: ("__init__", "errors", "kit", "structs"),
     1: ("deq", "consensus", "masking", "wire", "data"),
     2: ("training", "hardware", "protocol"),
-    3: ("transport", "onnx", "storage", "modelfile", "orders"),
+    3: ("transport", "onnx", "storage", "modelfile", "orders", "provision", "health"),
     4: ("settings", "logs", "agent", "trainer", "gateway", "audit", "chaos", "report", "demo"),
     5: ("cli", "__main__"),
 }

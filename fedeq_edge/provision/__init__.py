@@ -1,0 +1,1 @@
+"""From a box of boards to a fleet: identity, bundles, flashing, updates."""
