@@ -1,6 +1,6 @@
 """Whether this installation can do its work: one real solve, and what is told to systemd of it.
 
-numpy alone. A unit of Type=notify counts as started when READY has been said, so `systemctl restart` is the health check
+numpy alone. A unit of Type=notify has started when READY has been said, so `systemctl restart` is the health check
 of a new release; whether the network is there is no part of it, or a pulled cable would roll a good release back.
 """
 
