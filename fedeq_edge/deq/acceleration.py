@@ -12,7 +12,9 @@ II; 3 halves the cost of mixing at about the same number of evaluations (alterna
 
 Guards. The driver keeps the best answer. A residual that is not finite, or `growth` times the best, sends the sample
 back there and clears its history: f is next evaluated at the best answer, and the windows begin anew. A guard that
-refuses every growth instead cost thousands of evaluations on benign problems.
+refuses every growth instead cost thousands of evaluations on benign problems. And a sample that is still far off does
+not mix while its plain steps show a non-normal map, whose transient a mix would only prolong: for a normal Jacobian J
+|J^k r|^2 <= |J^(k-1) r| |J^(k+1) r| (Cauchy-Schwarz), so that steps whose growth slackens are the sign of another one.
 
 Everything is per sample: batch mates share the arrays, never a weight.
 
@@ -20,6 +22,7 @@ Sources: Walker & Ni, SIAM J. Numer. Anal. 49 (2011); Banerjee et al., J. Comput
 (alternating); the guards are ours.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,9 +30,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fedeq_edge.deq.batch import per_sample, put, relative_residual
+from fedeq_edge.deq.batch import norms, per_sample, put, relative_residual
 from fedeq_edge.deq.method import Look, Memory
 from fedeq_edge.errors import ConfigError
+
+# A relative residual above this is that of a state still being formed. Three equal steps from zero end at 1/3: a slow
+# cell, which gains most by mixing, must not be held up.
+FAR = 0.4
+# |s_2|^2 over |s_1| |s_3| beyond which three steps show a non-normal map; from 1.01 to 1.1 it makes little difference.
+SLACKENING = 1.05
+# Mixes that a sample goes without at most: more gained nothing in transients and slowed cells that do not contract.
+RESTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,15 +142,17 @@ class _Mixing:
         self._counts, self._barred = limits.tiny, limits.max**0.8
         self._bars = torch.full_like(self._ones, self._counts)
         self._forgotten: int | None = None  # the count at which some entries last ceased to count
+        self._rests: Counter[int] = Counter()
 
     def advance(self, look: Look) -> Tensor:
         return self.mix(look, range(len(look.image)))
 
     def mix(self, look: Look, samples: Collection[int]) -> Tensor:
-        """Where f is evaluated next: `samples` are accelerated, all others step plainly."""
+        """Where f is evaluated next: `samples` are accelerated, unless they rest; all others step plainly."""
         refused = [] if look.clean else [i for i in samples if not self._accepts(look.residual[i], look.held[i])]
         for z, fz in pairwise((*look.trail[-self._settings.memory :], look.image)):
             self._remember(z, fz)
+        samples = self._without_resting(look, samples)
         plain = None if len(samples) == len(look.image) else self._all_but(samples)
         self._forget(refused, plain)
         mixed = self._mixed().reshape(look.image.shape)
@@ -147,6 +160,24 @@ class _Mixing:
             mixed = torch.where(per_sample(plain, mixed), look.image, mixed)
         put(mixed, refused, look.best)
         return mixed
+
+    def _without_resting(self, look: Look, samples: Collection[int]) -> Collection[int]:
+        """`samples` but those whose last three steps show a transient; without a window of three, all of them."""
+        entries = self._settings.memory
+        # A clean look has no NaN, so that its largest residual is one.
+        if min(len(look.trail), entries) < 3 or (look.clean and max(look.residual) <= FAR):
+            return samples
+        steps = [self._steps[(self._count - back) % entries] for back in (3, 2, 1)]
+        first, second, third = torch.stack([norms(step) for step in steps]).tolist()
+        resting = {
+            i
+            for i in samples
+            if look.residual[i] > FAR
+            and second[i] * second[i] > SLACKENING * first[i] * third[i]
+            and self._rests[i] < RESTS
+        }
+        self._rests.update(resting)
+        return set(samples) - resting if resting else samples
 
     def _all_but(self, samples: Collection[int]) -> Tensor:
         """(B,) whether a sample is not among `samples`."""

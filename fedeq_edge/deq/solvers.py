@@ -1,8 +1,8 @@
 """Fixed points z = f(z) of a batch within an exact number of evaluations.
 
 Theory of operation. One driver (`solve`) owns the budget, the residuals, the best answer and the stopping of single
-samples; a method (`method.Solver`: Picard, Anderson, Adaptive) only says where f is evaluated next. The driver *looks*
-at the residual every few evaluations, and once at the end of the budget:
+samples; a method (`method.Solver`: Picard, Anderson, Adaptive) only says where f is evaluated next; Guaranteed has
+two of them walk side by side. The driver *looks* at the residual every few evaluations, and at the end of the budget:
 
     r = |f(z) - z| / max(|f(z)|, 1e-9)  per sample;   a sample stops where r <= tol;   the batch when all have
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedeq_edge.deq.acceleration import Adaptive
 from fedeq_edge.deq.batch import norms, put, relative_residual
+from fedeq_edge.deq.guaranteed import WALKS, Guaranteed, better_walk, both_walks
 from fedeq_edge.deq.method import Look, Picard, Solver, damped
 from fedeq_edge.deq.solution import Result, Solution
 from fedeq_edge.deq.spec import SMALLEST_NORM
@@ -55,15 +56,20 @@ def solve(
     solver: Adaptive() if None. tol: relative residual at which a sample stops; None spends the whole budget.
     independent: a sample keeps the answer with which it stopped, so that it is solved alike alone and in any batch (to
     rounding); False lets all go on until the last has stopped. throw: raise SolverError unless every sample converged.
-    Records no graph; never raises for NaN. Raises ConfigError for limits out of range, and for an f whose output has
-    another shape or dtype than z0.
+    Records no graph; never raises for NaN. Raises ConfigError for limits out of range, for an f whose output has
+    another shape or dtype than z0, and with `Guaranteed` for one that torch.vmap cannot stack.
     """
     if budget < 1:
         raise ConfigError(f"solve: budget is {budget}; a solve needs at least 1 evaluation")
     if tol is not None and not tol > 0.0:
         raise ConfigError(f"solve: tol is {tol}; give a relative residual above 0, or None to spend the whole budget")
+    method, start = solver or Adaptive(), z0.detach()
     with torch.no_grad():
-        solution = _Run(z0.detach(), solver or Adaptive(), tol, independent).spend(f, budget)
+        if isinstance(method, Guaranteed):
+            twice = _Run(torch.cat([start] * WALKS), method, tol, independent, walks=WALKS)
+            solution = better_walk(twice.spend(both_walks(_checked(f)), budget))
+        else:
+            solution = _Run(start, method, tol, independent).spend(f, budget)
     if throw:
         solution.throw()
     return solution
@@ -90,11 +96,12 @@ def iterate(f: StepFunction, z0: Tensor, *, evaluations: int, solver: Solver | N
 
 class _Run:
     """One solve. `_value`, `_state`, `_held`: every sample's answer so far, also of those that stopped and go on being
-    evaluated with their batch; what the stopped ones keep is in `_stops`.
+    evaluated with their batch; what the stopped ones keep is in `_stops`. walks: so many equal parts of the batch are
+    walks of the same samples, which stop together (guaranteed.py).
     """
 
-    def __init__(self, z0: Tensor, solver: Solver, tol: float | None, independent: bool) -> None:
-        self._solver, self._tol, self._independent = solver, tol, independent
+    def __init__(self, z0: Tensor, solver: Solver, tol: float | None, independent: bool, *, walks: int = 1) -> None:
+        self._solver, self._tol, self._independent, self._walks = solver, tol, independent, walks
         self._memory = solver.init(z0)
         self._state = self._value = z0
         self._held = [math.inf] * len(z0)
@@ -244,12 +251,20 @@ class _Run:
         """Samples at the tolerance have stopped; `_converged` if all have."""
         held, resting = self._held, self._resting
         reached = [i for i in self._active if held[i] <= tol and i not in resting] if min(held) <= tol else []
+        if self._walks > 1:
+            reached = self._with_their_walks(reached)
         if len(reached) == len(self._active):
             self._converged = True
         elif reached and self._independent:
             self._stops.append(self._kept(reached))
             stopped = set(reached)
             self._active = [i for i in self._active if i not in stopped]
+
+    def _with_their_walks(self, reached: list[int]) -> list[int]:
+        """The active rows of every sample that has a row in `reached`."""
+        samples = len(self._held) // self._walks
+        stopping = {i % samples for i in reached}
+        return [i for i in self._active if i % samples in stopping]
 
     def _kept(self, samples: list[int]) -> "_Stop":
         rows = torch.tensor(samples, device=self._value.device)
@@ -313,6 +328,17 @@ def _infinite(states: Tensor) -> list[bool]:
     """Per sample, whether it holds an infinity and no NaN: it grew beyond the numbers."""
     infinite: list[bool] = (torch.isinf(states).flatten(1).any(1) & ~torch.isnan(states).flatten(1).any(1)).tolist()
     return infinite
+
+
+def _checked(f: StepFunction) -> StepFunction:
+    """f, refusing an image unlike its state before that is one of a stack."""
+
+    def checked(z: Tensor) -> Tensor:
+        fz = f(z)
+        _check_image(fz, z)
+        return fz
+
+    return checked
 
 
 def _check_image(fz: Tensor, z: Tensor) -> None:

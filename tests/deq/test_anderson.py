@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedeq_edge.deq.acceleration import Anderson
-from fedeq_edge.deq.method import Picard
+from fedeq_edge.deq import acceleration
+from fedeq_edge.deq.acceleration import Adaptive, Anderson
+from fedeq_edge.deq.method import Picard, Solver
 from fedeq_edge.deq.solution import Result
 from fedeq_edge.deq.solvers import solve
 
@@ -56,6 +57,57 @@ def test_one_wild_sample_does_not_clear_the_history_of_others() -> None:
 def test_a_constant_map_makes_a_singular_system_and_no_error() -> None:
     found = solve(torch.ones_like, torch.zeros(2, 4), solver=Anderson(), budget=8, tol=None)
     assert (found.value == 1.0).all()
+
+
+def affine(maps: Tensor, seed: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """z_i M_i + b_i with a matrix for every sample."""
+    b = torch.randn(*maps.shape[:2], generator=torch.Generator().manual_seed(seed), dtype=FLOAT)
+    return lambda z: (z[:, None] @ maps)[:, 0] + b, torch.zeros_like(b)
+
+
+def normal_maps() -> Tensor:
+    """64 rotated spectra from -3 to 3, and 64 rotations."""
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(128, 5, 5, generator=generator, dtype=FLOAT))[0]
+    spectra = 6.0 * torch.rand(64, 1, 5, generator=generator, dtype=FLOAT) - 3.0
+    return torch.cat([basis[:64] * spectra @ basis[:64].mT, basis[64:]])
+
+
+def transient_maps() -> Tensor:
+    """64 triangular maps of spectral radius below 0.95 and of norms up to about 30."""
+    generator = torch.Generator().manual_seed(4)
+    rates = 0.95 * (2.0 * torch.rand(64, 8, generator=generator, dtype=FLOAT) - 1.0)
+    above = 5.0 * torch.rand(64, 1, 1, generator=generator, dtype=FLOAT)
+    return torch.diag_embed(rates) + above * torch.randn(64, 8, 8, generator=generator, dtype=FLOAT).triu(1)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Adaptive(), Anderson(every=5, memory=3)], ids=str)
+def test_a_normal_map_never_rests(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    f, z0 = affine(normal_maps(), 5)
+    found = [solve(f, z0, solver=solver, budget=budget, tol=None).value for budget in range(1, 31)]
+    monkeypatch.setattr(acceleration, "RESTS", 0)
+    for budget, value in enumerate(found, start=1):
+        without = solve(f, z0, solver=solver, budget=budget, tol=None).value
+        torch.testing.assert_close(value, without, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Adaptive()], ids=str)
+def test_a_sample_in_a_transient_is_left_to_plain_steps(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    f, z0 = affine(transient_maps(), 6)
+    plain = [solve(f, z0, solver=Picard(), budget=budget, tol=None).residual for budget in range(1, 41)]
+
+    def behind() -> tuple[int, float]:
+        """Answers above 1.5 times plain iteration's and above 1e-10, and the mean of evaluations to 1e-6."""
+        bars = (1.5 * bar.clamp_min(1e-10) for bar in plain)
+        worse = (solve(f, z0, solver=solver, budget=k, tol=None).residual > bar for k, bar in enumerate(bars, start=1))
+        evaluations = solve(f, z0, solver=solver, budget=300, tol=1e-6).evaluations
+        return sum(int(above.sum()) for above in worse), float(evaluations.double().mean())
+
+    resting, evaluations = behind()
+    monkeypatch.setattr(acceleration, "RESTS", 0)
+    mixing, more = behind()
+    assert resting < 0.7 * mixing
+    assert evaluations <= more
 
 
 def test_the_best_evaluation_is_returned() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedeq_edge.deq.acceleration import Adaptive, Anderson
 from fedeq_edge.deq.batch import relative_residual
+from fedeq_edge.deq.guaranteed import Guaranteed
 from fedeq_edge.deq.method import Picard, Solver
 from fedeq_edge.deq.solution import Result, Solution
 from fedeq_edge.deq.solvers import iterate, solve
@@ -22,6 +23,8 @@ SOLVERS = [
     Anderson(every=1),
     Anderson(memory=2, mixing=0.8, every=2),
     Adaptive(),
+    Guaranteed(),
+    Guaranteed(accelerated=Adaptive()),
 ]
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=str)
 
