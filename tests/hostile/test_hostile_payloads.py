@@ -121,7 +121,7 @@ def test_a_consensus_that_does_not_fit_its_base_is_refused_by_the_client() -> No
     fleet = midway()
     device = fleet.devices["d1"].client
     wanted = digest(b"wanted")
-    device._fetching = wanted
+    device._fetching.wanted = wanted
     for length, codec, value in ((11, "f32", 1.0), (1, "f32", 1.0), (12, "f32", 3e38), (12, "f16", 6e4)):
         dtype = "<f4" if codec == "f32" else "<f2"
         for base in (_digest_of(device.state.z), b"", bytes(32)):

@@ -90,7 +90,8 @@ def test_torch_is_imported_by_the_model_the_local_step_and_the_check_of_exports_
 
 
 @pytest.mark.parametrize("module", ["agent", "gateway", "cli", "protocol.aggregator", "settings", "modelfile"])
-def test_programs_of_gateways_and_idle_agents_load_neither_torch_nor_onnxruntime(module: str) -> None:
-    code = f"import sys, fedeq_edge.{module}; print({{'torch', 'onnxruntime', 'onnx', 'sklearn'}} & set(sys.modules))"
+def test_programs_of_gateways_and_idle_agents_load_no_torch_no_onnxruntime_and_no_cryptography(module: str) -> None:
+    heavy = {"torch", "onnxruntime", "onnx", "sklearn", "cryptography"}
+    code = f"import sys, fedeq_edge.{module}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

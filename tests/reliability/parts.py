@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fedeq_edge import agent, gateway, logs, settings
 from fedeq_edge.deq.initial import initial
-from fedeq_edge.protocol import aggregator, client, rounds, transfers, tree
+from fedeq_edge.protocol import client, course, rounds, transfers, tree
 from fedeq_edge.settings import AgentSettings, AggregatorSettings
 from fedeq_edge.storage import locked
 from fedeq_edge.training import exchange
@@ -111,7 +111,7 @@ class Puppet:
 
 def _hurry() -> None:
     retry_s = {"RETRY_S": float(os.environ["RETRY_S"])}
-    chosen = {client: retry_s, transfers: retry_s, aggregator: retry_s, tree: {"SHARE_RETRY_S": retry_s["RETRY_S"]}}
+    chosen = {client: retry_s, transfers: retry_s, course: retry_s, tree: {"SHARE_RETRY_S": retry_s["RETRY_S"]}}
     for module, constants in (_HURRY | chosen).items():
         for name, value in constants.items():
             assert hasattr(module, name), f"{module.__name__} has no {name} any more"
