@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedeq_edge import __version__, logs
-from fedeq_edge.cli import agent, aggregator, broker, chaos, data, demo, device, model
+from fedeq_edge.cli import agent, aggregator, broker, chaos, data, demo, device, enrol, fleet, model
 from fedeq_edge.errors import ConfigError, FedEqError, ProvisionError
 
 # Optional packages by the extra that brings them.
@@ -39,9 +39,12 @@ for noun, group in (
     ("broker", broker.app),
     ("data", data.app),
     ("device", device.app),
+    ("fleet", fleet.app),
     ("model", model.app),
 ):
     app.add_typer(group, name=noun)
+device.app.command(name="enrol", epilog=enrol.ENROL_EXAMPLE)(enrol.enrol)
+device.app.command(name="csr", epilog=enrol.CSR_EXAMPLE)(enrol.csr)
 app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command(name="chaos", epilog=chaos.EXAMPLE)(chaos.chaos)
 
