@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedeq_edge import __version__, logs
-from fedeq_edge.cli import agent, aggregator, broker, chaos, data, demo, device, enrol, fleet, model
+from fedeq_edge.cli import agent, aggregator, broker, bundle, chaos, data, demo, device, enrol, fleet, model
 from fedeq_edge.errors import ConfigError, FedEqError, ProvisionError
 
 # Optional packages by the extra that brings them.
@@ -22,6 +22,7 @@ _EXTRAS = {
     "jinja2": "demo",
     "cryptography": "fleet",
     "asyncssh": "fleet",
+    "uv": "fleet",
     "tuf": "fleet",
 }
 
@@ -37,6 +38,7 @@ for noun, group in (
     ("agent", agent.app),
     ("aggregator", aggregator.app),
     ("broker", broker.app),
+    ("bundle", bundle.app),
     ("data", data.app),
     ("device", device.app),
     ("fleet", fleet.app),

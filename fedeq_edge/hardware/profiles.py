@@ -32,6 +32,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     model: beginning of its device-tree model (empty where it has none). relative_speed: speed of one core at fp32
     work of this kind, the x86-64 reference core being 1.0; an estimate until the device has been calibrated.
     active_watts: what the whole board draws while it computes, an estimate (devices/README.md); None: not known.
+    python: minor of the python that its usual operating system brings. qemu_cpu: the model of qemu-aarch64 that crashes
+    where this board does (empty: none). pins: versions of wheels that were run under that model, for bundles.
     """
 
     id: str
@@ -45,6 +47,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     active_watts: float | None = None
     cpu_part: str = ""
     model: str = ""
+    python: str = "3.11"
+    qemu_cpu: str = ""
+    pins: dict[str, str] = {}
     notes: str = ""
 
 

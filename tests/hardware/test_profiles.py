@@ -12,6 +12,7 @@ from fedeq_edge.kit import folder
 from fedeq_edge.settings import AgentSettings, load
 
 BOARDS = [
+    "arm64",
     "jetson-orin-nano",
     "raspberry-pi-3",
     "raspberry-pi-4",
@@ -39,6 +40,7 @@ def test_a_boards_watts_are_stated_where_its_maker_does_and_left_out_elsewhere()
     watts = {board: profile.active_watts for board, profile in profiles().items()}
 
     assert watts == {
+        "arm64": None,
         "jetson-orin-nano": None,
         "raspberry-pi-3": 2.0,
         "raspberry-pi-4": 3.1,
@@ -100,7 +102,7 @@ def test_an_added_board_is_found_at_once(tmp_path: Path) -> None:
         ("aarch64", "Raspberry Pi 4 Model B Rev 1.4", "raspberry-pi-4"),
         ("aarch64", "Raspberry Pi Zero 2 W Rev 1.0", "raspberry-pi-zero-2w"),
         ("x86_64", None, "x86-64"),
-        ("aarch64", "Radxa ROCK 5B", None),
+        ("aarch64", "Radxa ROCK 5B", "arm64"),
         ("armv7l", "Raspberry Pi 4 Model B Rev 1.4", None),
     ],
 )

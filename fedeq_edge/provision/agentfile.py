@@ -1,0 +1,51 @@
+"""agent.toml of a flashed device: what the fleet knows of it, and where things are on a board."""
+
+import msgspec
+
+from fedeq_edge.errors import Exit, ProvisionError
+from fedeq_edge.provision.fleet import Device, FleetSettings
+
+# The unit hands agent.toml, key and certificates to the agent as credentials, in one folder: names without a path.
+_IDENTITY = {"ca": "ca.crt", "certificate": "device.crt", "key": "device.key"}
+
+
+class _Broker(msgspec.Struct, frozen=True):
+    url: str = ""
+
+
+class _Known(msgspec.Struct, frozen=True):
+    device: str = ""
+    federation: str = ""
+    broker: _Broker = _Broker()
+
+
+def agent_toml(fleet: FleetSettings, device: str, known: Device) -> bytes:
+    """The settings of this device."""
+    broker = {"url": fleet.broker, **(_IDENTITY if fleet.broker.startswith("mqtts://") else {})}
+    settings = {
+        "device": device,
+        "federation": fleet.federation,
+        "profile": known.profile,
+        "data": "/var/lib/fedeq-edge/data.npz",
+        "state": "/var/lib/fedeq-edge/state",
+        "broker": broker,
+    }
+    return (
+        b"# Written by fedeq flash. What you add stays, as long as device, federation and broker are the fleet's.\n"
+        + (msgspec.toml.encode(settings))
+    )
+
+
+def agrees(found: bytes, fleet: FleetSettings, device: str) -> bool:
+    """Whether a board's agent.toml joins this fleet as this device. Raises ProvisionError where it is another."""
+    try:
+        said = msgspec.toml.decode(found, type=_Known)
+    except msgspec.DecodeError:
+        return False
+    if said.device != device:
+        raise ProvisionError(
+            Exit.MISUSED,
+            f"the board is device {said.device}, not {device}; flash it as --device {said.device}, or remove its "
+            "/etc/fedeq-edge to make it another one",
+        )
+    return (said.federation, said.broker.url) == (fleet.federation, fleet.broker)
