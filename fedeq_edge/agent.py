@@ -27,7 +27,7 @@ from fedeq_edge.consensus.methods import Method
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, FedEqError, TransportError
 from fedeq_edge.hardware import reading
-from fedeq_edge.hardware.memory import give_back, peak_rss_bytes, rss_bytes
+from fedeq_edge.hardware.memory import give_back, keep_heap, peak_rss_bytes, rss_bytes
 from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.protocol import masked
 from fedeq_edge.protocol.actions import (
@@ -190,6 +190,7 @@ class Agent:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
+        keep_heap()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._inbox.put(None))
         self._transport.start(self._inbox.put)

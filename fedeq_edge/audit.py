@@ -25,7 +25,6 @@ from fedeq_edge.consensus.fixed import (
     fraction_bits,
     largest,
     penalty_of,
-    scaled,
 )
 from fedeq_edge.consensus.privacy import Privacy, noised
 from fedeq_edge.consensus.robust import fuse
@@ -203,7 +202,7 @@ class _Oracle:
             )
         self.counted[device, answered] = number
         difference = self._decoded(record)
-        step = dual_step(scaled(difference, record.factor), penalty_of(record.kappa), fraction_bits(np.float32))
+        step = dual_step(difference, penalty_of(record.kappa), fraction_bits(np.float32), record.factor)
         if device in self.duals:  # else it was retired after it had contributed
             self.duals[device] = self.duals[device] + step
         return _Step(device, omega, record.kappa, record.factor, difference, step)

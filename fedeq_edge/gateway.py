@@ -26,7 +26,7 @@ from fedeq_edge.consensus.privacy import Accountant
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.layout import constraints
 from fedeq_edge.errors import StateError, TransportError
-from fedeq_edge.hardware.memory import peak_rss_bytes
+from fedeq_edge.hardware.memory import keep_heap, peak_rss_bytes
 from fedeq_edge.protocol import masked
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
 from fedeq_edge.protocol.aggregator import Aggregator, new_state
@@ -157,6 +157,7 @@ class Gateway:
 
     def run(self) -> bool:
         """Serve until the federation has finished (True) or SIGTERM or SIGINT came (False)."""
+        keep_heap()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._inbox.put(None))
         with locked(self._place):

@@ -10,7 +10,7 @@ follows the product that a compiler could fuse with it. A step is below 2^52, wh
 """
 
 import math
-from fractions import Fraction
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -25,12 +25,15 @@ FloatVector = NDArray[np.floating]
 PENALTY_BITS = 32
 """A penalty is a multiple of 2^-32 = 2.3e-10, far below any useful kappa."""
 _PENALTY_ONE = 1 << PENALTY_BITS
+_INTEGERS = 2.0**53
 STEP_LIMIT = 2**52
 """A step of the dual is smaller, per entry: float64 still tells all integers apart, and 1024 such steps fit in 2^62."""
 SUM_LIMIT = 2**62
 """What a dual, and a sum of duals, stays below, per entry: half of int64, so that two of them can be added."""
 WHOLE = 2**16
 """A clip factor of 1: factors are multiples of 2^-16, by which a float32 difference is scaled without rounding."""
+_PART = 8192
+"""Entries worked on at a time: what lies between fits in a core's cache, where vectors would all be fresh memory."""
 
 
 def fraction_bits(dtype: DTypeLike) -> int:
@@ -45,34 +48,66 @@ def fraction_bits(dtype: DTypeLike) -> int:
     return bits
 
 
-def dual_step(difference: FloatVector, kappa: float, bits: int) -> FixedVector:
+def dual_step(difference: FloatVector, kappa: float, bits: int, factor: int = WHOLE) -> FixedVector:
     """rint(kappa d 2^bits), (p,) int64: what nu moves by, the same on client and server. Ties go to the even integer.
 
-    difference: d = theta - z_hat as it was decoded, (p,). kappa: the penalty of the task, > 0, a multiple of 2^-32.
+    difference: theta - z_hat as it was decoded, (p,); factor / WHOLE of it is d. kappa: the penalty of the task, > 0, a
+    multiple of 2^-32.
     Raises ContributionError "too_large" where an entry is not below STEP_LIMIT, or not a number.
     Source: algorithm.md, section 4, step 4.
     """
+    step = np.empty(difference.size, np.int64)
+    for part, moved in _steps(difference, kappa * 2.0**bits, bits, factor):
+        step[part] = moved
+    return step
+
+
+def move_dual(nu: FixedVector, difference: FloatVector, kappa: float, bits: int, factor: int = WHOLE) -> None:
+    """nu, (p,), has moved by the `dual_step` of these; nothing has where that raises."""
+    for part, moved in _steps(difference, kappa * 2.0**bits, bits, factor):
+        nu[part] += moved.astype(np.int64)
+
+
+def _steps(difference: FloatVector, unit: float, bits: int, factor: int) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """(where, the steps there as float64 integers), part after part."""
+    _check_step(difference, unit, bits, factor)
+    for part in _parts(difference.size):
+        exact = scaled(difference[part], factor) * unit
+        yield part, np.rint(exact, out=exact)
+
+
+def _check_step(difference: FloatVector, unit: float, bits: int, factor: int) -> None:
+    """Of the largest entry alone: scaling and rounding keep the order of magnitudes."""
+    most = np.array(
+        [max(difference.max(initial=0.0), -difference.min(initial=0.0))]
+    )  # no number where an entry is none
     with np.errstate(over="ignore", invalid="ignore"):
-        step = np.rint(difference.astype(np.float64) * (kappa * 2.0**bits))
-    largest = float(np.abs(step).max(initial=0.0))
-    if not largest < STEP_LIMIT:
+        step = float(np.rint(scaled(most, factor) * unit)[0])
+    if not step < STEP_LIMIT:
         raise ContributionError(
             "too_large",
-            f"the dual would move by {largest * 2.0**-bits:.3g}, and the limit is {STEP_LIMIT * 2.0**-bits:g}; "
+            f"the dual would move by {step * 2.0**-bits:.3g}, and the limit is {STEP_LIMIT * 2.0**-bits:g}; "
             "did the training diverge?",
         )
-    return step.astype(np.int64)
 
 
 def dual_value(nu: FixedVector, dtype: DTypeLike) -> FloatVector:
     """nu 2^-s as floats, (p,) of type `dtype`: the term of the client's gradient, in the units of a gradient."""
-    value: FloatVector = (nu.astype(np.float64) * 2.0 ** -fraction_bits(dtype)).astype(dtype)
+    unit = 2.0 ** -fraction_bits(dtype)
+    value: FloatVector = np.empty(nu.size, dtype)
+    for part in _parts(nu.size):
+        value[part] = nu[part].astype(np.float64) * unit
     return value
+
+
+def _parts(size: int) -> Iterator[slice]:
+    return (slice(start, start + _PART) for start in range(0, size, _PART))
 
 
 def fixed_penalty(kappa: float) -> int:
     """The multiple of 2^-32 nearest to kappa, finite and > 0; at least 1, as a penalty of 0 would stop the dual."""
-    return max(1, round(Fraction(kappa) * _PENALTY_ONE))
+    # The product with a power of two is exact, and a float beyond 2^53 is an integer: that product might be infinite.
+    return max(1, round(kappa * _PENALTY_ONE) if kappa < _INTEGERS else int(kappa) * _PENALTY_ONE)
 
 
 def penalty_of(fixed: int) -> float:
@@ -87,7 +122,8 @@ def clip_factor(norm: float, bound: float) -> int:
 
 def scaled(difference: FloatVector, factor: int) -> NDArray[np.float64]:
     """difference factor / WHOLE, (p,) float64: what counts of a clipped contribution, on the client and the server."""
-    return difference.astype(np.float64) * (factor / WHOLE)
+    exact = difference.astype(np.float64, copy=False)
+    return exact if factor == WHOLE else exact * (factor / WHOLE)
 
 
 def largest(vector: FixedVector) -> int:

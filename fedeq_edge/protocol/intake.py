@@ -5,10 +5,8 @@ length, codec, penalty of the task) before the body is decoded, and nothing has 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
-
-import numpy as np
 
 from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.consensus.fixed import WHOLE
@@ -34,21 +32,24 @@ class Taken:
     factor: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Intake:
     """The gate before the consensus; it moves `consensus` and `state`, and sends nothing."""
 
     federation: Federation
     consensus: Consensus
     state: AggregatorState
+    _size: int = field(init=False)  # of a difference
+
+    def __post_init__(self) -> None:
+        self._size = self.consensus.z_hat.size
 
     @property
     def limit_bytes(self) -> int:
         """Of a contribution with its frame: what an upload may claim at most."""
-        size = self.consensus.z_hat.size
-        body = max(coding.largest_bytes(codec, size) for codec in self.federation.up)
+        body = max(coding.largest_bytes(codec, self._size) for codec in self.federation.up)
         if self.federation.masking is not None:
-            body = max(body, size * MASKED_VALUE_BYTES)
+            body = max(body, self._size * MASKED_VALUE_BYTES)
         return FRAME_BYTES + HEADER_LIMIT_BYTES + body
 
     def codec_for(self, birth: messages.Birth) -> coding.Codec | None:
@@ -98,7 +99,7 @@ class Intake:
             difference = coding.decode(message.codec, received.body, message.length)
         except RemoteWireError as error:
             raise ContributionError("size_or_nan", f"device {device}: {error}") from error
-        largest = float(np.abs(difference).max())
+        largest = max(float(difference.max()), -float(difference.min()))
         if largest > LARGEST_STEP:
             raise ContributionError(
                 "too_large", f"device {device}: a parameter moved by {largest:.3g}, at most {LARGEST_STEP:.0g} is taken"
@@ -136,11 +137,10 @@ class Intake:
             raise ContributionError("not_asked", f"{where}, which did not ask it")
         if message.base != state.bases[message.round]:
             raise ContributionError("digest", f"{where} starts from another consensus than that round's")
-        size = self.consensus.z_hat.size
-        if message.length != size or message.codec not in self.federation.up:
+        if message.length != self._size or message.codec not in self.federation.up:
             raise ContributionError(
                 "wrong_shape",
-                f"{where} has {message.length} values as {message.codec}, expected {size} as "
+                f"{where} has {message.length} values as {message.codec}, expected {self._size} as "
                 f"{' or '.join(self.federation.up)}; was it started with another model file?",
             )
         return kappa

@@ -98,6 +98,8 @@ class Progress:
         if schedule.mode == "async":
             arrived = len(self.contributed) + len(self.late)
             return arrived >= schedule.buffer or (self.deadline_passed and arrived > 0)
+        if not self.deadline_passed and len(self.contributed) + len(self.declined) < len(self.cohort):
+            return False  # asked after every message, so without a set of a thousand devices
         answered = set(self.contributed) & set(self.cohort)
         if not answered:
             return False

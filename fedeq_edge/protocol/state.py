@@ -6,7 +6,7 @@ import struct
 import msgspec
 import numpy as np
 
-from fedeq_edge.consensus.fixed import WHOLE, FixedVector, dual_step, fixed_penalty, fraction_bits, scaled
+from fedeq_edge.consensus.fixed import WHOLE, FixedVector, fixed_penalty, fraction_bits, move_dual
 from fedeq_edge.consensus.privacy import Draw
 from fedeq_edge.training.step import Vector
 from fedeq_edge.wire import coding, messages
@@ -18,7 +18,7 @@ NO_DUAL = np.zeros(0, np.int64)
 
 def vector_digest(vector: Vector) -> bytes:
     """sha256 of a float32 vector's little-endian bytes; empty for an empty vector."""
-    return hashlib.sha256(vector.astype("<f4").tobytes()).digest() if vector.size else b""
+    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data).digest() if vector.size else b""
 
 
 def dual_name(before: bytes, round_number: int, kappa: float, factor: int, contribution: bytes) -> bytes:
@@ -72,11 +72,12 @@ def settled(state: ClientState, *, accepted: bool, factor: int) -> ClientState:
     received = messages.decode(pending.blob)
     message = messages.contribution(received)
     difference = coding.decode(message.codec, received.body, message.length)
-    step = dual_step(scaled(difference, factor), pending.kappa, fraction_bits(np.float32))
+    nu = state.nu.copy() if state.nu.size else np.zeros(difference.size, np.int64)
+    move_dual(nu, difference, pending.kappa, fraction_bits(np.float32), factor)
     return msgspec.structs.replace(
         state,
         pending=None,
-        nu=state.nu + step if state.nu.size else step,
+        nu=nu,
         dual=dual_name(state.dual, pending.round, pending.kappa, factor, pending.transfer),
         accepted_round=max(pending.round, state.accepted_round),
     )

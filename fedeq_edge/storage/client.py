@@ -23,6 +23,8 @@ from fedeq_edge.storage.contributions import FIRST, ContributionLog, Place, Reco
 from fedeq_edge.storage.files import load, save
 from fedeq_edge.training.step import Vector
 
+# Some rounds of small contributions, one of large ones. The next file is made where the whole state is written anyway.
+_FILE_BYTES: Final = 2**20
 _PENDING: Final = "pending"
 _ACCEPTED: Final = "accepted"
 _REFUSED: Final = "refused"
@@ -47,7 +49,7 @@ class ClientFolder:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "client.state"
         saved = load(self._path, _Saved)
-        self._log = ContributionLog(folder / "outbox", saved.held if saved else FIRST)
+        self._log = ContributionLog(folder / "outbox", saved.held if saved else FIRST, file_bytes=_FILE_BYTES)
 
     def load(self) -> ClientState:
         """The state as it was written, moved on by what the log holds beyond it; a new one without a federation."""

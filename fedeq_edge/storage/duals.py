@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from fedeq_edge.consensus.fixed import WHOLE, FixedVector, dual_step, fraction_bits, penalty_of
+from fedeq_edge.consensus.fixed import FixedVector, fraction_bits, move_dual, penalty_of
 from fedeq_edge.errors import StateError, WireError
 from fedeq_edge.storage.contributions import ContributionLog, Place, Record
 from fedeq_edge.storage.files import damaged, read_sealed, sealed, sync, writing
@@ -31,8 +31,6 @@ from fedeq_edge.wire import coding, messages
 REFERENCES: Final = 8
 # So is one whose oldest reference is so many files of the log behind: a device that is gone would keep them
 FILES: Final = 32
-# Steps are added in parts of 64 kB, which stay in cache and heap: fresh pages for whole vectors cost twice as much
-_COLUMNS: Final = 8192
 _BITS: Final = fraction_bits(np.float32)  # what travels and is stored is float32
 
 
@@ -187,7 +185,4 @@ def _add_step(nu: FixedVector, record: Record) -> None:
         difference = coding.decode(message.codec, received.body, message.length)
     except WireError as error:
         raise StateError(f"stored contribution of device {record.device} is damaged ({error})") from error
-    kappa, scale = penalty_of(record.kappa), record.factor / WHOLE
-    for start in range(0, nu.size, _COLUMNS):
-        part = slice(start, start + _COLUMNS)
-        nu[part] += dual_step(difference[part].astype(np.float64) * scale, kappa, _BITS)
+    move_dual(nu, difference, penalty_of(record.kappa), _BITS, record.factor)

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fedeq_edge.storage.files import writing
 
 _HISTORY = "rounds.jsonl"
+# NaN and infinity become null, as in `finite`; numpy's scalars are no floats to it
+_JSON = msgspec.json.Encoder(enc_hook=float)
 
 
 class History:
@@ -20,8 +24,8 @@ class History:
 
     def add(self, line: Mapping[str, object]) -> None:
         """One more line."""
-        with writing(self._path), self._path.open("a") as output:
-            output.write(json.dumps(finite(line)) + "\n")
+        with writing(self._path), self._path.open("ab") as output:
+            output.write(_JSON.encode(line) + b"\n")
 
     def _end_with_a_line(self) -> None:
         """Cut off the half line that a crash left at the end, before the next one is joined to it."""
@@ -48,7 +52,7 @@ def write_status(folder: Path, status: Mapping[str, object]) -> None:
     path = folder / "status.json"
     neighbour = path.with_name(".status.json.new")
     with writing(path):
-        neighbour.write_text(json.dumps(finite(status)))  # no fsync: a lost status is only an old one
+        neighbour.write_bytes(_JSON.encode(status))  # no fsync: a lost status is only an old one
         neighbour.replace(path)
 
 

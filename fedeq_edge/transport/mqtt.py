@@ -11,16 +11,22 @@ Theory of operation.
 - Reconnecting waits a random time up to a bound that doubles (full jitter), so that a fleet does not stampede a broker
   that comes back. Only a connection that has lasted makes the bound small again: two devices with one name, whom the
   broker throws out in turn, would otherwise fight for ever at full speed.
+- One thread a connection, by paho's external loop: the keeper connects, reads, and writes what a full socket has left
+  over; whoever publishes writes at once, without waking anybody. paho's own thread would be a second one, to be woken
+  for each packet.
 - TCP_NODELAY, because small packets at QoS 1 otherwise wait 40 ms for Nagle.
 """
 
+import contextlib
 import logging
 import random
 import re
+import select
 import socket
 import ssl
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,6 +53,7 @@ _BACKOFF_LAST_S: Final = 60.0
 _SETTLED_S: Final = 30.0  # a takeover or a packet over the limit ends a connection within seconds
 _PATIENCE_S: Final = 15.0  # for TCP, CONNACK and SUBACK together
 _PUBACK_BYTES: Final = 4
+_TURN_S: Final = 5.0  # or a quarter of the keepalive; a ping may be so late, brokers wait for half a keepalive more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +128,13 @@ def packet_bytes(topic: str, payload: bytes, version: str) -> int:
 
 @dataclass(slots=True)
 class _Session:
-    """One connection from its first packet to its end; every field is guarded by the transport's condition."""
+    """One connection from its first packet to its end; every field but `turn` is guarded by the transport's condition.
+
+    turn: to be held by whoever lets the client read or write, as paho writes in the caller's thread without a lock.
+    """
 
     client: paho.Client
+    turn: threading.RLock = field(default_factory=threading.RLock)
     subscribed: bool = False
     over: bool = False
     reason: str = ""
@@ -151,12 +162,11 @@ class _Session:
 
 
 class MqttTransport:
-    """A client of an MQTT broker. Events come from paho's thread and from the keeper thread.
+    """A client of an MQTT broker. Events come from the keeper thread.
 
     client_id: stable per device, or the broker keeps sessions apart that are one. subscriptions: topic filters.
 
-    Only the keeper thread publishes, and never while it holds the condition: paho calls `on_publish` under a lock that
-    its `publish` needs too, so publishing under a lock of ours would deadlock.
+    Nobody who holds the condition asks for a session's turn: paho's callbacks are within one, and take the condition.
     """
 
     def __init__(
@@ -171,6 +181,10 @@ class MqttTransport:
         self._on_event: Callable[[Event], None] = lambda _event: None
         self._keeper = threading.Thread(target=self._keep_connected, name=f"mqtt[{client_id}]", daemon=True)
         self._changed = threading.Condition()
+        self._bell, self._button = socket.socketpair()  # a byte ends the keeper's wait for the network
+        self._button.setblocking(False)
+        for end in (self._bell, self._button):
+            weakref.finalize(self, end.close)
         self._stopping = False
         self._session: _Session | None = None
         self._up = 0
@@ -191,7 +205,8 @@ class MqttTransport:
                 return
             self._check_limit(session, topic, payload)
             session.waiting.append((topic, payload, retain))
-            self._changed.notify_all()
+        if self._send_waiting(session):
+            self._wake()
 
     def traffic(self) -> Traffic:
         """PUBLISH and PUBACK packets in both directions (not CONNECT, SUBSCRIBE and pings: a few bytes a minute)."""
@@ -208,6 +223,7 @@ class MqttTransport:
                 self._changed.wait_for(lambda: session.idle or session.over, timeout=_PATIENCE_S)
             self._stopping = True
             self._changed.notify_all()
+        self._wake()
         if self._keeper.is_alive():
             self._keeper.join(_PATIENCE_S)
 
@@ -230,8 +246,7 @@ class MqttTransport:
                 self._serve(session)
                 if session.useful or time.monotonic() - since >= _SETTLED_S:
                     bound = _BACKOFF_FIRST_S
-            session.client.disconnect()
-            session.client.loop_stop()
+            self._leave(session)
             with self._changed:
                 self._session = None
                 if self._stopping:
@@ -252,25 +267,77 @@ class MqttTransport:
         except (OSError, ValueError) as error:
             session.reason = f"broker {self._host}:{self._port}: {error}"
             return session
-        session.client.loop_start()
-        with self._changed:
-            self._changed.wait_for(lambda: session.subscribed or session.over or self._stopping, timeout=_PATIENCE_S)
-            if not session.subscribed and not session.reason:
-                session.reason = f"broker {self._host}:{self._port} did not answer within {_PATIENCE_S:.0f} s"
+        until = time.monotonic() + _PATIENCE_S
+        while not (session.subscribed or session.over or self._stopping) and time.monotonic() < until:
+            self._turn(session, until - time.monotonic())
+        if not session.subscribed and not session.reason:
+            session.reason = f"broker {self._host}:{self._port} did not answer within {_PATIENCE_S:.0f} s"
         return session
 
     def _serve(self, session: _Session) -> None:
-        """Send what the window allows until the connection is over."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: session.sendable or session.over or self._stopping)
-                if session.over or self._stopping:
-                    return
-                topic, payload, retain = session.waiting.popleft()
-                session.in_flight += 1  # before the packet leaves: its acknowledgement may overtake us
-                self._up += packet_bytes(topic, payload, self._endpoint.version)
-                self._down += _PUBACK_BYTES
-            session.client.publish(topic, payload, qos=1, retain=retain)
+        """Read, and send what the window allows, until the connection is over."""
+        while not (session.over or self._stopping):
+            self._turn(session, min(_TURN_S, KEEPALIVE_S / 4))
+
+    def _turn(self, session: _Session, timeout_s: float) -> None:
+        """Wait for the network, or for somebody who left bytes to send, and carry what there is."""
+        link = session.client.socket()
+        if link is None or link.fileno() < 0:
+            self._end(session, "closed the connection")
+            return
+        ready = self._wait(session, link, max(timeout_s, 0.0))
+        with session.turn:
+            if ready & ~select.POLLOUT:
+                session.client.loop_read()
+            elif not ready:
+                session.client.loop_misc()
+            if session.client.want_write():
+                session.client.loop_write()
+        if session.sendable:
+            self._send_waiting(session)
+
+    def _wait(self, session: _Session, link: Any, timeout_s: float) -> int:
+        """What the link is ready for, as bits of poll; 0 if it is for nothing."""
+        if isinstance(link, ssl.SSLSocket) and link.pending():
+            return select.POLLIN
+        poller = select.poll()
+        poller.register(link, select.POLLIN | (select.POLLOUT if session.client.want_write() else 0))
+        poller.register(self._bell, select.POLLIN)
+        ready = dict(poller.poll(1e3 * timeout_s))
+        if ready.pop(self._bell.fileno(), 0):
+            self._bell.recv(4096)
+        return next(iter(ready.values()), 0)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # BlockingIOError: so many bytes are there that it will wake anyhow
+            self._button.send(b"\0")
+
+    def _send_waiting(self, session: _Session) -> bool:
+        """What the window allows is sent; whether something is left for the keeper to do."""
+        with session.turn:
+            if _hung_up(session.client.socket()):
+                return True
+            while (packet := self._next_packet(session)) is not None:
+                topic, payload, retain = packet
+                session.client.publish(topic, payload, qos=1, retain=retain)
+            return session.client.want_write()
+
+    def _next_packet(self, session: _Session) -> tuple[str, bytes, bool] | None:
+        with self._changed:
+            if session.over or not session.sendable:
+                return None
+            topic, payload, retain = session.waiting.popleft()
+            session.in_flight += 1  # before the packet leaves: its acknowledgement may overtake us
+            self._up += packet_bytes(topic, payload, self._endpoint.version)
+            self._down += _PUBACK_BYTES
+            return topic, payload, retain
+
+    def _leave(self, session: _Session) -> None:
+        with session.turn:
+            session.client.disconnect()
+            link = session.client.socket()
+            if link is not None:
+                link.close()
 
     def _clean_start(self) -> dict[str, Any]:
         return {"clean_start": True} if self._endpoint.version == "5" else {}
@@ -305,7 +372,7 @@ class MqttTransport:
         properties.ContentType = "application/vnd.fedeq.v1+cbor"
         return properties
 
-    # paho's callbacks, on its thread
+    # paho's callbacks, within a turn
 
     def _wire(self, session: _Session) -> None:
         client = session.client
@@ -344,8 +411,9 @@ class MqttTransport:
                 self._down += packet_bytes(message.topic, payload, self._endpoint.version)
                 self._up += _PUBACK_BYTES
             # amqtt 0.11 sends a newcomer every retained message that anybody has subscribed to
-            if any(matches(pattern, message.topic) for pattern in self._subscriptions):
-                self._on_event(Arrived(message.topic, payload))
+            topic = message.topic
+            if topic in self._subscriptions or any(matches(pattern, topic) for pattern in self._subscriptions):
+                self._on_event(Arrived(topic, payload))
 
         def on_disconnect(
             _c: paho.Client, _u: object, flags: paho.DisconnectFlags, code: ReasonCode, _p: object
@@ -366,8 +434,18 @@ class MqttTransport:
             session.reason = session.reason or f"broker {self._host}:{self._port} {what}"
             session.over = True
             self._changed.notify_all()
+        self._wake()  # whoever publishes may be the first to find that the connection is gone
 
 
 def _disable_nagle(_client: paho.Client, _userdata: object, opened: Any) -> None:
     if isinstance(opened, socket.socket) and opened.family in (socket.AF_INET, socket.AF_INET6):
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _hung_up(link: Any) -> bool:
+    """Whether the other side has closed: what it said last must be read before a failing write closes our side, too."""
+    if link is None or link.fileno() < 0:
+        return True
+    poller = select.poll()
+    poller.register(link, select.POLLRDHUP)
+    return bool(poller.poll(0))

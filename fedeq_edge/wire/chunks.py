@@ -186,7 +186,7 @@ class Incoming:
     name: bytes
     size: int
     _held: int = 0
-    _content: bytearray = field(default_factory=bytearray)  # allocated when the first run comes
+    _content: bytes | bytearray = b""  # allocated when the first run comes; bytes where that is the whole
 
     def add(self, first_block: int, piece: bytes | memoryview) -> None:
         """Keep a run of blocks. Raises RemoteWireError where place or length do not fit the announced size."""
@@ -197,10 +197,16 @@ class Incoming:
         end = start + len(piece)
         if not piece or end > self.size or (end < self.size and end % BLOCK_BYTES):
             raise RemoteWireError(f"{len(piece)} bytes from block {first_block} of a transfer of {self.size} bytes")
-        if not self._content:
-            self._content = bytearray(self.size)
-        self._content[start:end] = piece
+        if len(piece) == self.size:
+            self._content = bytes(piece)
+        else:
+            self._fill(start, piece)
         self._held |= _mask(first_block, block_count(len(piece)))
+
+    def _fill(self, start: int, piece: bytes | memoryview) -> None:
+        if not isinstance(self._content, bytearray):
+            self._content = bytearray(self._content or self.size)
+        self._content[start : start + len(piece)] = piece
 
     @property
     def bitmap(self) -> bytes:

@@ -119,7 +119,7 @@ def encode(codec: str, vector: Vector, rng: random.Random | None = None) -> byte
     Raises LocalWireError where a value is NaN, infinite, or beyond 2^120 and bound to be an integer.
     """
     code = parse(codec)
-    largest = float(np.abs(vector).max())
+    largest = max(float(vector.max()), -float(vector.min()))  # not a number where a value is none
     if not largest <= (np.finfo(np.float32).max if code.plain in _FLOATS else integers.LARGEST):
         raise LocalWireError(
             f"vector of {vector.size} values holds NaN, infinity or {largest:g} and is not sent; did training diverge?"
@@ -163,8 +163,10 @@ def _encode_values(code: Code, vector: Vector, rng: random.Random | None) -> byt
     if code.plain not in _FLOATS:
         return integers.encode(integers.GRIDS[code.plain], vector, rng)
     floats = _FLOATS[code.plain]
-    limit = float(np.finfo(floats).max)
-    raw = np.clip(vector, -limit, limit).astype(floats).view(np.uint8).reshape(-1, floats.itemsize)
+    if floats.itemsize < vector.itemsize:
+        limit = float(np.finfo(floats).max)
+        vector = np.clip(vector, -limit, limit)
+    raw = np.ascontiguousarray(vector, floats).view(np.uint8).reshape(-1, floats.itemsize)
     return (raw.T if code.packed else raw).tobytes()
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedeq_edge.hardware.memory import keep_heap
 from fedeq_edge.protocol.actions import ClientAction, Finished, Keep, Personalise, Publish, Save, Settle, Train
 from fedeq_edge.protocol.client import Client, Identity, Usage
 from fedeq_edge.storage.client import ClientFolder
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--watch", nargs="*", default=[], metavar="NAME=PID")
     options = parser.parse_args()
+    keep_heap()
     recorder = Recorder({**watched(options.watch), f"links-{os.getpid()}": os.getpid()})
     with tempfile.TemporaryDirectory(prefix="bench-links-") as place:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())

@@ -1,8 +1,8 @@
 """The wire against paho that only sends and receives: make bench-wire.
 
 Everything is the real thing in processes of its own: mosquitto, the aggregator by its command, and the links of many
-devices (links.py) over TCP on this machine. CPU is the kernel's clock of each process, the median over rounds. A table
-goes to stderr, one JSON line per figure to stdout.
+devices (links.py) over TCP on this machine. CPU is the kernel's clock of each process, the mean over a period of rounds
+once files are written over. A table goes to stderr, one JSON line per figure to stdout.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from fedeq_edge.transport.faults import FaultProxy
 from fedeq_edge.transport.mqtt import Endpoint
 from tests.bench import raw
 from tests.bench.figures import Figure
+from tests.bench.floor import required
 from tests.bench.links import FEDERATION, Link, Mail
 from tests.bench.processes import Reading, child, memory_bytes
 
@@ -43,6 +44,8 @@ LINK_PROCESSES: Final = 10  # a process of 100 links spends a third of its time 
 PARTS: Final = ("broker", "aggregator", "links")
 WARM_UP: Final = 2  # rounds: connections, first consensus, first touch of memory
 ROUNDS: Final = 10
+STEADY: Final = 34  # rounds until files are written over and duals are folded (storage/), twice the longest period
+PERIOD: Final = 16  # rounds after which a client has written its whole state once, and an aggregator every dual
 PATIENCE_S: Final = 300
 HEADERS_BYTES: Final = 52  # of a TCP segment over IPv4 with timestamps, without the link layer's
 
@@ -64,11 +67,9 @@ class Run:
         return list(zip(self.readings[WARM_UP:-1], self.readings[WARM_UP + 1 :], strict=True))
 
     def cpu(self, name: str) -> float:
-        """Seconds a round, of all processes whose names begin with `name`; the median."""
-        return statistics.median(
-            sum(after.cpu[key] - before.cpu[key] for key in before.cpu if key.startswith(name))
-            for before, after in self.rounds()
-        )
+        """Seconds a round, of all processes whose names begin with `name`; the mean over the last period."""
+        before, after = self.readings[-PERIOD - 1].cpu, self.readings[-1].cpu
+        return sum(after[key] - before[key] for key in before if key.startswith(name)) / PERIOD
 
     def total_cpu(self) -> float:
         """Seconds a round, of all parts."""
@@ -178,13 +179,26 @@ def parameters(spec: ModelSpec) -> int:
 
 
 def cpu() -> Iterator[Figure]:
-    """CPU seconds of a round, all parts, ours over bare; and what a contribution of few bits costs the aggregator."""
-    size = 4 * parameters(model(120))
-    plain, float32 = bare(size), ours("f32")
+    """CPU seconds of a round, all parts, ours over bare; and what a contribution of few bits costs the aggregator.
+
+    floor: bare, and what a contribution needs in any protocol that names, keeps and adds it exactly (floor.py).
+    """
+    size, rounds = parameters(model(120)), STEADY + PERIOD
+    plain, float32 = bare(4 * size, rounds=rounds), ours("f32", rounds=rounds)
+    with tempfile.TemporaryDirectory(prefix="bench-floor-") as folder:
+        client, aggregator = required(size, Path(folder))
+    floor = plain.total_cpu() + CLIENTS * (client + aggregator)
     yield _cost("bare", plain)
+    yield Figure(
+        section="cpu",
+        name=f"CPU s a round, {CLIENTS} clients, floor",
+        value=floor,
+        detail=f"ms a client on top of bare: aggregator {1e3 * aggregator:.2f}, links {1e3 * client:.2f}",
+    )
     yield _cost("ours, f32", float32)
+    yield Figure(section="cpu", name="floor over bare", value=floor / plain.total_cpu())
     yield Figure(section="cpu", name="ours over bare", value=float32.total_cpu() / plain.total_cpu(), goal=1.5)
-    yield _cost("ours, int4", ours("int4"))
+    yield _cost("ours, int4", ours("int4", rounds=rounds))
 
 
 def _cost(name: str, run: Run) -> Figure:

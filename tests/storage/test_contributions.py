@@ -230,9 +230,28 @@ def test_files_are_deleted_unless_something_needs_them(tmp_path: Path, monkeypat
         log.begin(log.end)
     log.append(record(4))
     log.delete_all_but({2})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002.log", "000005.log"]
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == ["000002.log", "000005.log"]
     with pytest.raises(StateError, match=r"000001.log is missing"):
         log.read(Place(1, HEAD))
+
+
+def test_a_file_that_nothing_needs_is_written_over_and_what_it_held_does_not_come_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = ContributionLog(tmp_path, file_bytes=1)
+    for number in range(3):
+        log.append(record(number))
+    start = log.end
+    log.begin(start)
+    log.delete_all_but(())
+    size = (tmp_path / "spare").stat().st_size
+    log.append(record(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002.log"]
+    assert (tmp_path / "000002.log").stat().st_size == size
+    with caplog.at_level(logging.WARNING):
+        assert found(tmp_path, start) == [record(3)]
+    assert not caplog.records
+    assert (tmp_path / "000002.log").stat().st_size < size
 
 
 def test_the_audit_trail_reads_all_files_while_an_aggregator_writes(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fedeq_edge.transport.base import Connected, Disconnected, Event
+from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event
 from fedeq_edge.transport.mqtt import Endpoint, MqttTransport
 
 if TYPE_CHECKING:
@@ -77,6 +77,20 @@ def events(url: str, certificates: Path, request: pytest.FixtureRequest) -> Iter
 @pytest.mark.parametrize("events", [("ca", "client")], indirect=True)
 def test_both_sides_show_a_certificate_and_talk(events: "queue.SimpleQueue[Event]") -> None:
     assert isinstance(events.get(timeout=PATIENCE_S), Connected)
+
+
+def test_large_payloads_pass_in_both_directions_at_once(url: str, certificates: Path) -> None:
+    here = certificates
+    endpoint = Endpoint(url=url, ca=f"{here}/ca.pem", certificate=f"{here}/client.pem", key=f"{here}/client.key")
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    transport = MqttTransport(endpoint, "me", ("t",))
+    transport.start(events.put)
+    assert isinstance(events.get(timeout=PATIENCE_S), Connected)
+    sent = [bytes([number]) * 900_000 for number in range(12)]
+    for payload in sent:
+        transport.publish("t", payload)
+    assert [events.get(timeout=PATIENCE_S) for _ in sent] == [Arrived("t", payload) for payload in sent]
+    transport.stop()
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,16 @@ def test_three_hundred_messages_all_arrive_in_order(connect: Connect, endpoint: 
     assert [receiver.wait(Arrived).payload for _ in sent] == sent
 
 
+def test_what_a_full_socket_leaves_over_follows_when_it_has_room(
+    connect: Connect, endpoint: Endpoint, topic: str
+) -> None:
+    receiver, sender = connect(endpoint, topic).online(), connect(endpoint).online()
+    sent = [bytes([number]) * 900_000 for number in range(2 * WINDOW)]
+    for payload in sent:
+        sender.transport.publish(topic, payload)
+    assert [receiver.wait(Arrived).payload for _ in sent] == sent
+
+
 def test_leaving_says_the_farewell_and_not_the_will(connect: Connect, endpoint: Endpoint, topic: str) -> None:
     watcher = connect(endpoint, f"{topic}/#").online()
     device = connect(endpoint, will=Will(topic=f"{topic}/state", payload=b"vanished")).online()
