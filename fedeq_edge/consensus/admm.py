@@ -45,7 +45,6 @@ from fedeq_edge.consensus.fixed import (
     fraction_bits,
     largest,
     penalty_of,
-    scaled,
 )
 from fedeq_edge.consensus.members import Members
 from fedeq_edge.consensus.methods import Method
@@ -365,7 +364,7 @@ class Consensus:
 
     def _step(self, device: str, exact: NDArray[np.float64], kappa: float, factor: int) -> FixedVector:
         try:
-            return dual_step(scaled(exact, factor), kappa, self._bits)
+            return dual_step(exact, kappa, self._bits, factor)
         except ContributionError as error:
             raise ContributionError(error.code, f"device {device}: {error}") from error
 
