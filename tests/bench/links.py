@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from fedeq_edge.hardware.memory import keep_heap
+from fedeq_edge.protocol import masked
 from fedeq_edge.protocol.actions import ClientAction, Finished, Keep, Personalise, Publish, Save, Settle, Train
 from fedeq_edge.protocol.client import Client, Identity, Usage
 from fedeq_edge.storage.client import ClientFolder
 from fedeq_edge.training.step import Budget, LocalResult, LocalTask, Vector
 from fedeq_edge.transport.base import Arrived, Connected, Event, Traffic, Will
 from fedeq_edge.transport.mqtt import Endpoint, MqttTransport
+from fedeq_edge.wire import coding
 from fedeq_edge.wire.topics import Topics
 from tests.bench.processes import Recorder, watched
 
@@ -55,7 +57,9 @@ class Link:
         topics = Topics(FEDERATION)
         self._asked = asked
         self._folder = ClientFolder(place)
-        self.machine = Client(Identity(device=device, boot="bench", samples=100), topics, self._folder.load())
+        identity = Identity(device=device, boot="bench", samples=100)
+        codecs = (*coding.CODECS, *masked.features())
+        self.machine = Client(identity, topics, self._folder.load(), codecs=codecs)
         self.finished = False
         self._transport = MqttTransport(
             endpoint,

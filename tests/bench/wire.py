@@ -24,6 +24,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from fedeq_edge.consensus.masked import Masking
 from fedeq_edge.data.npz import ClientData, save_client
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
@@ -67,9 +68,10 @@ class Run:
         return list(zip(self.readings[WARM_UP:-1], self.readings[WARM_UP + 1 :], strict=True))
 
     def cpu(self, name: str) -> float:
-        """Seconds a round, of all processes whose names begin with `name`; the mean over the last period."""
-        before, after = self.readings[-PERIOD - 1].cpu, self.readings[-1].cpu
-        return sum(after[key] - before[key] for key in before if key.startswith(name)) / PERIOD
+        """Seconds a round, of all processes whose names begin with `name`; the mean over the last period, or less."""
+        rounds = min(PERIOD, len(self.readings) - 1 - WARM_UP)
+        before, after = self.readings[-rounds - 1].cpu, self.readings[-1].cpu
+        return sum(after[key] - before[key] for key in before if key.startswith(name)) / rounds
 
     def total_cpu(self) -> float:
         """Seconds a round, of all parts."""
@@ -141,11 +143,11 @@ def place() -> Iterator[Place]:
         yield Place(Path(folder), stack)
 
 
-def ours(codec: str, clients: int = CLIENTS, rounds: int = ROUNDS) -> Run:
-    """A federation with everything on but TLS."""
+def ours(codec: str, clients: int = CLIENTS, rounds: int = ROUNDS, **changes: object) -> Run:
+    """A federation with everything on but TLS. changes: further AggregatorSettings."""
     schedule = Schedule(min_devices=clients, deadline_s=PATIENCE_S, final_s=1.0)
     with place() as here:
-        aggregator = here.aggregator(codec=codec, train=Plan(rounds=rounds + 1), schedule=schedule)
+        aggregator = here.aggregator(codec=codec, train=Plan(rounds=rounds + 1), schedule=schedule, **changes)
         watch = {"broker": here.broker.pid, "aggregator": aggregator.pid}
         found = _first(here.readings("tests.bench.links", ["--broker", here.url], watch, clients), rounds)
         return Run(readings=found, aggregator_peak_bytes=memory_bytes(aggregator.pid, "VmHWM"))
@@ -219,6 +221,22 @@ def payload() -> Iterator[Figure]:
         detail = f"up {up / plain:.4f} ({up:.0f} bytes), down {down / plain:.4f} ({down:.0f} bytes)"
         yield Figure(
             section="payload", name=f"{codec} over float32", value=(up + down) / 2 / plain, goal=goal, detail=detail
+        )
+
+
+def masking() -> Iterator[Figure]:
+    """Bytes up of a client and masked round over float32's vector, and what a masked round costs in CPU."""
+    plain = 4 * parameters(model(120))
+    for clients in (10, CLIENTS):
+        method = {"preset": "fedeq-published"}
+        run = ours("int8", clients=clients, rounds=WARM_UP + 3, method=method, masking=Masking())
+        up, _ = run.bytes()
+        cost = ", ".join(f"{part} {1e3 * run.cpu(part) / clients:.1f}" for part in PARTS)
+        yield Figure(
+            section="masking",
+            name=f"{clients} clients: bytes up over float32",
+            value=up / plain,
+            detail=f"{up:.0f} bytes; CPU ms a client: {cost}",
         )
 
 
@@ -351,6 +369,7 @@ def load() -> Iterator[Figure]:
 SECTIONS: dict[str, Callable[[], Iterable[Figure]]] = {
     "cpu": cpu,
     "payload": payload,
+    "masking": masking,
     "memory": memory,
     "idle": idle,
     "flap": flap,
