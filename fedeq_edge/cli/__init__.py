@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedeq_edge import __version__, logs
-from fedeq_edge.cli import agent, aggregator, broker, bundle, chaos, data, demo, device, enrol, fleet, model
+from fedeq_edge.cli import agent, aggregator, broker, bundle, chaos, data, demo, device, enrol, flash, fleet, model
 from fedeq_edge.errors import ConfigError, FedEqError, ProvisionError
 
 # Optional packages by the extra that brings them.
@@ -49,6 +49,9 @@ device.app.command(name="enrol", epilog=enrol.ENROL_EXAMPLE)(enrol.enrol)
 device.app.command(name="csr", epilog=enrol.CSR_EXAMPLE)(enrol.csr)
 app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command(name="chaos", epilog=chaos.EXAMPLE)(chaos.chaos)
+app.command(name="flash", epilog=flash.FLASH_EXAMPLE)(flash.flash)
+app.command(name="logs", epilog=flash.LOGS_EXAMPLE)(flash.logs)
+app.command(name="rollback", epilog=flash.ROLLBACK_EXAMPLE)(flash.rollback)
 
 
 def _version(wanted: bool) -> None:

@@ -74,7 +74,7 @@ def gateway(host: Hosts = None, folder: Folder = _HERE) -> None:
     """Give the gateway a certificate for other names or addresses; CA and devices stay as they are."""
     hosts = host or _own_names()
     Fleet.open(folder)
-    new_gateway(folder, hosts, passphrase=_passphrase(folder))
+    new_gateway(folder, hosts, passphrase=passphrase_of(folder))
     _say(
         f"{folder}/gateway has a new server.crt and server.key for {', '.join(hosts)}; start fedeq fleet serve again, "
         "give them to the broker, then: sudo systemctl reload mosquitto"
@@ -153,7 +153,7 @@ def serve(
     from fedeq_edge.provision.service import Desk, Service  # noqa: PLC0415  # as above
 
     fleet = Fleet.open(folder)
-    desk = Desk(fleet, Authority.open(folder / "ca", _passphrase(folder)))
+    desk = Desk(fleet, Authority.open(folder / "ca", passphrase_of(folder)))
     with Service(desk, folder / "gateway", _address(listen)) as service:
         _stop_on_signal(service.shutdown)
         _say(f"fleet {fleet.settings.name} is served at port {service.port}, for devices at {fleet.settings.service}")
@@ -167,7 +167,7 @@ def revoke(device: DeviceId, folder: Folder = _HERE, as_json: AsJson = False) ->
     To let it in again: `fedeq fleet token ID`, and `fedeq aggregator allow ID`.
     """
     fleet = Fleet.open(folder)
-    done = fleet.revoke(device, passphrase=_passphrase(folder))
+    done = fleet.revoke(device, passphrase=passphrase_of(folder))
     if as_json:
         typer.echo(json.dumps({"device": device, **msgspec.to_builtins(done)}))
     _say(
@@ -236,7 +236,7 @@ def _stop_on_signal(stop: Callable[[], None]) -> None:
         signal.signal(number, obey)
 
 
-def _passphrase(folder: Path) -> str | None:
+def passphrase_of(folder: Path) -> str | None:
     """Of the CA key: $FEDEQ_CA_PASSPHRASE, or asked for where the key has one and somebody is there to ask."""
     given = os.environ.get(_PASSPHRASE)
     with contextlib.suppress(OSError):

@@ -1,6 +1,14 @@
 """What a board is, before anything is sent to it: the facts that decide whether a bundle can run there."""
 
+from pathlib import Path
+from typing import Final
+
 import msgspec
+
+from fedeq_edge.errors import Exit, ProvisionError
+from fedeq_edge.hardware.probe import CORES
+
+SCRIPT: Final = Path(__file__).with_name("board_probe.py").read_bytes()
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,3 +34,17 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     root: bool
     hostname: str
     booted: bool
+
+
+def parse(line: bytes) -> Facts:
+    """The facts that board_probe.py printed. Raises ProvisionError where they are none."""
+    try:
+        said = msgspec.json.decode(line, type=dict[str, object])
+        core = CORES.get((str(said.pop("cpu_implementer", "")), str(said["cpu_part"])))
+        return msgspec.convert({**said, "cpu_name": core or said["cpu_name"]}, Facts)
+    except (msgspec.DecodeError, msgspec.ValidationError, KeyError) as error:
+        raise ProvisionError(
+            Exit.FAILED,
+            f"the board's python3 answered {line[:80]!r} when asked what it is; a login message printed for every "
+            "shell is the usual cause: print it for interactive shells alone",
+        ) from error

@@ -1,0 +1,154 @@
+"""A board that needs no root: its tree in a temporary folder, a systemd of four shell scripts, its sshd, and cards."""
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import asyncssh
+
+import fedeq_edge
+from fedeq_edge.provision.targets.ssh import Address, SshTarget
+
+BundleMaker = Callable[..., Path]
+Reach = Callable[[], SshTarget]
+CardMaker = Callable[..., "Card"]
+BOOT_AT, ROOT_AT = 4 << 20, 36 << 20
+CMDLINE = b"console=tty1 root=PARTUUID=1-02 rootwait\n"
+USER_DATA = b"#cloud-config\nhostname: pi\n"
+DEVICE = "box-01"
+FIRST_BOOT = Path(fedeq_edge.__file__).parent / "provision/first_boot.py"
+INSTALLER = Path(fedeq_edge.__file__).parent / "provision/release.py"
+PYTHON = subprocess.run(
+    ["/usr/bin/python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
+    capture_output=True,
+    text=True,
+    check=True,
+).stdout.strip()
+
+SYSTEMCTL = """\
+#!/bin/sh
+# What of systemctl flashing and release.py use; a release with the file site/broken does not start.
+board=@BOARD@
+echo "$*" >>"$board/calls"
+while case "$1" in --root=*|--no-block) true ;; *) false ;; esac; do shift; done
+case "$*" in
+    *Version*) echo "252 (252.39-1~deb12u1)" ;;
+    *MainPID*) cat "$board/pid" ;;
+    *ActiveState*) echo "ActiveState=$(cat "$board/active")"; echo "InvocationID=$(cat "$board/pid")" ;;
+    is-active*) cat "$board/active" ;;
+    "restart fedeq-agent.service")
+        if [ -e "$board/root/opt/fedeq-edge/current/site/broken" ]; then
+            echo failed >"$board/active"
+            echo "SolverError: residual 0.3" >>"$board/journal"
+            exit 1
+        fi
+        pid=$(($(cat "$board/pid") + 1))
+        echo $pid >"$board/pid"
+        echo active >"$board/active"
+        mkdir -p "$board/root/var/lib/fedeq-edge/state"
+        printf '{"pid": %s, "broker": "%s"}' $pid "$(cat "$board/broker")" \\
+            >"$board/root/var/lib/fedeq-edge/state/status.json" ;;
+esac
+"""
+SYSTEMD_RUN = """\
+#!/bin/sh
+# Runs the command as a unit would: its output goes to files, and nobody's hangup reaches it.
+while [ "$1" != -- ]; do
+    case "$1" in StandardOutput=file:*) out=${1#*:} ;; StandardError=file:*) err=${1#*:} ;; esac
+    shift
+done
+shift
+trap '' HUP
+"$@" >"$out" 2>"$err" </dev/null
+"""
+JOURNALCTL = """\
+#!/bin/sh
+cat @BOARD@/journal
+"""
+
+
+@dataclass
+class Board:
+    """A board: `home` holds its tree and what its systemd knows. drop: a command with this word ends the connection."""
+
+    home: Path
+    drop: str = ""
+    commands: list[str] = field(default_factory=list)
+    dropped: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def root(self) -> Path:
+        return self.home / "root"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PATH": f"{self.home}/bin:{os.environ['PATH']}"}
+
+    def program(self, name: str, text: str) -> None:
+        path = self.home / "bin" / name
+        path.write_text(text.replace("@BOARD@", str(self.home)))
+        path.chmod(0o755)
+
+    def current(self) -> str:
+        link = self.root / "opt/fedeq-edge/current"
+        return link.readlink().name if link.is_symlink() else ""
+
+    def restarts(self) -> int:
+        return (self.home / "calls").read_text().count("restart fedeq-agent.service")
+
+
+@dataclass
+class Server:
+    """A real ssh server in this process."""
+
+    port: int
+    key: asyncssh.SSHKey
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.key.get_fingerprint())
+
+    @property
+    def address(self) -> Address:
+        return Address(host="127.0.0.1", user="pi", port=self.port)
+
+    def known_line(self) -> str:
+        return f"[127.0.0.1]:{self.port} {self.key.export_public_key('openssh').decode()}"
+
+
+def system(root: Path, *, machine: int = 183) -> None:
+    """The few files by which a Debian 12 for this e_machine is known."""
+    lib = root / "usr/lib/aarch64-linux-gnu"
+    (lib / "systemd").mkdir(parents=True)
+    (root / "usr/bin").mkdir(parents=True)
+    (root / "etc").mkdir()
+    elf = b"\x7fELF" + bytes(14) + machine.to_bytes(2, "little")
+    banner = b"GNU C Library (Debian GLIBC 2.36-9+deb12u9) stable release version 2.36.\n"
+    (lib / "libc.so.6").write_bytes(elf + banner)
+    (lib / "systemd/libsystemd-shared-252.so").touch()
+    (root / "usr/bin/python3.11").touch()
+    (root / "usr/bin/python3").symlink_to("python3.11")
+    (root / "etc/hostname").write_text("raspberrypi\n")
+
+
+@dataclass
+class Card:
+    """An image with a FAT and an ext4 partition."""
+
+    path: Path
+
+    def fat(self, name: str) -> bytes:
+        command = ["mtype", "-i", f"{self.path}@@{BOOT_AT}", f"::/{name}"]
+        return subprocess.run(command, capture_output=True, check=True).stdout
+
+    def put(self, name: str, content: bytes) -> None:
+        command = ["mcopy", "-o", "-i", f"{self.path}@@{BOOT_AT}", "-", f"::/{name}"]
+        subprocess.run(command, input=content, check=True)
+
+    def extract(self, folder: Path) -> Path:
+        command = ["mcopy", "-s", "-i", f"{self.path}@@{BOOT_AT}", "::/fedeq", str(folder)]
+        subprocess.run(command, check=True, capture_output=True)
+        return folder / "fedeq"

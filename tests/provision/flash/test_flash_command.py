@@ -1,0 +1,116 @@
+"""`fedeq flash`, `logs` and `rollback` as typed: exit codes, JSON, and what is asked before."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedeq_edge.cli import main
+from fedeq_edge.errors import Exit
+from fedeq_edge.provision.fleet import Fleet
+from tests.provision.flash.board import Board, BundleMaker, CardMaker, Server
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def go(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["fedeq", *arguments, "--fleet", str(fleet.folder)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        code = ended.value.code
+        return Ended(code if isinstance(code, int) else int(code is not None), told.out, told.err)
+
+    return go
+
+
+@pytest.fixture
+def card(make_card: CardMaker, arm: Path) -> str:
+    return str(make_card().path)
+
+
+def test_a_card_is_flashed_with_the_newest_bundle_and_said_in_json(run: Run, card: str, fleet: Fleet) -> None:
+    done = run("flash", card, "--device", "pi-01", "--json")
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    assert (said["device"], said["version"], said["changed"]) == ("pi-01", "1.0", True)
+    assert "enrols and starts at its next boot" in done.err
+    assert fleet.device("pi-01").target == card
+
+
+def test_looking_writes_nothing_and_gives_the_plan(run: Run, card: str, fleet: Fleet) -> None:
+    before = Path(card).read_bytes()
+    done = run("flash", card, "--device", "pi-01", "--check", "--json")
+    said = json.loads(done.out)
+    assert done.code == 0
+    assert said["facts"]["architecture"] == "aarch64"
+    assert "join token" in said["intended"][0]
+    assert Path(card).read_bytes() == before
+    assert not fleet.device("pi-01").target
+
+
+def test_a_device_that_lives_elsewhere_is_asked_for_before_there_are_two(run: Run, card: str, fleet: Fleet) -> None:
+    fleet.flashed("pi-01", "ssh://pi@10.0.0.5")
+    done = run("flash", card, "--device", "pi-01")
+    assert done.code == Exit.MISUSED
+    assert "add --yes" in done.err
+    assert run("flash", card, "--device", "pi-01", "--yes").code == 0
+
+
+def test_a_booted_card_ends_with_12(run: Run, make_card: CardMaker, arm: Path) -> None:
+    booted = make_card(mark="var/lib/systemd/random-seed")
+    assert run("flash", str(booted.path), "--device", "pi-01").code == Exit.BOOTED_CARD
+
+
+def test_a_fleet_without_a_bundle_for_the_board_says_how_to_build_it(run: Run, make_card: CardMaker) -> None:
+    done = run("flash", str(make_card().path), "--device", "box-01")
+    assert done.code == Exit.MISUSED
+    assert "fedeq bundle build --device box-01" in done.err
+
+
+def test_an_unknown_host_key_ends_with_7_in_one_line(
+    run: Run, server: Server, make_bundle: BundleMaker, board: Board
+) -> None:
+    make_bundle("1.0")
+    done = run("flash", f"ssh://pi@127.0.0.1:{server.port}", "--device", "box-01")
+    assert done.code == Exit.HOST_KEY
+    assert done.err.count("\n") == 1
+    assert f"--accept-host-key {server.fingerprint}" in done.err
+    assert board.commands == []
+
+
+def test_a_board_that_is_off_ends_with_8(run: Run, home: Path, make_bundle: BundleMaker) -> None:
+    make_bundle("1.0")
+    assert run("flash", "ssh://pi@127.0.0.1:1", "--device", "box-01").code == Exit.LOST
+
+
+def test_logs_are_those_of_the_board_that_the_fleet_remembers(
+    run: Run, server: Server, board: Board, fleet: Fleet
+) -> None:
+    fleet.flashed("box-01", f"ssh://pi@127.0.0.1:{server.port}")
+    (board.home / "journal").write_text("agent is up\n\x1b[31mround 1\n")
+    done = run("logs", "box-01", "-n", "5", "--accept-host-key", server.fingerprint)
+    assert done.code == 0
+    assert done.out == "agent is up\n?[31mround 1\n"
+    assert "--lines 5" in board.commands[-1]
+
+
+@pytest.mark.parametrize("command", ["logs", "rollback"])
+def test_a_device_that_is_not_reached_from_here_says_so(command: str, run: Run, fleet: Fleet) -> None:
+    fleet.flashed("box-01", "card.img")
+    done = run(command, "box-01")
+    assert done.code == Exit.MISUSED
+    assert "card.img" in done.err
