@@ -1,7 +1,7 @@
 """The agent on a device: a small always-on link process, and a trainer process only while there is training to do.
 
 The link owns the connection, the client's state machine and its state on disk; it imports neither torch nor
-onnxruntime and rests below 40 MB. `fedeq agent run` checks settings and data and then becomes this program
+onnxruntime and rests below 40 MB. `fedeq agent run` checks settings, data and solver and then becomes this program
 (`python -m fedeq_edge.agent SETTINGS SAMPLES`), so that what checking needed is not carried along.
 """
 
@@ -22,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from fedeq_edge import logs, modelfile, settings
+from fedeq_edge import health, logs, modelfile, settings
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, FedEqError, TransportError
@@ -168,7 +168,7 @@ class Agent:
         )
         self._client = Client(identity, self._topics, self._store.load(), codecs=(*coding.CODECS, *masked.features()))
         self._transport = MqttTransport(
-            chosen.broker.endpoint(),
+            chosen.broker.endpoint(path),
             f"{chosen.joins}-{chosen.device}",
             (
                 self._topics.manifest,
@@ -187,6 +187,8 @@ class Agent:
         self._stopping = False
         self._broker = "connecting"
         self._shown: dict[str, object] = {}
+        self._watchdog_s = health.watchdog_s()
+        self._fed_at = -math.inf
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -195,10 +197,12 @@ class Agent:
             signal.signal(number, lambda *_: self._inbox.put(None))
         self._transport.start(self._inbox.put)
         log.info("agent is up", extra={"device": self._settings.device, "federation": self._settings.joins})
+        health.notify("READY=1")  # whether or not there is a network: a pulled cable is no reason to roll back
         try:
             while not self._stopping:
                 self._step()
         finally:
+            health.notify("STOPPING=1")
             if self._trainer is not None:
                 self._trainer.end()
             self._transport.stop(self._farewell())
@@ -208,6 +212,7 @@ class Agent:
 
     def _step(self) -> None:
         self._write_status()
+        self._feed_watchdog(time.monotonic())
         self._watch_trainer(time.monotonic())
         try:
             event = self._inbox.get(timeout=_TICK_S)
@@ -296,6 +301,12 @@ class Agent:
             trainer.end()
             if trainer.busy:
                 self._carry_out(self._client.failed(why, time.monotonic()))
+
+    def _feed_watchdog(self, now: float) -> None:
+        """Tell systemd that this loop turns, as often as it asks for."""
+        if self._watchdog_s is not None and now >= self._fed_at + self._watchdog_s - _TICK_S:
+            self._fed_at = now
+            health.notify("WATCHDOG=1")
 
     def _rest(self) -> None:
         """Nothing has happened for a while: let an idle trainer go, note how much we need at rest."""
@@ -393,6 +404,7 @@ class Agent:
         if current != self._shown:
             self._shown = current
             write_status(self._folder, current)
+            health.notify(f"STATUS=broker: {self._broker}")
 
 
 def _slowdown(chosen: AgentSettings) -> float:

@@ -143,7 +143,8 @@ class Gateway:
     def __init__(self, path: Path, chosen: AggregatorSettings) -> None:
         # before anything is written
         _check_extras(federation_of(chosen))
-        chosen.broker.endpoint().tls_context()
+        self._endpoint = chosen.broker.endpoint(path)
+        self._endpoint.tls_context()
         self._settings = chosen
         self._place = settings.resolve(path, chosen.state)
         self._topics = Topics(chosen.federation)
@@ -187,7 +188,7 @@ class Gateway:
 
     def _connect(self) -> MqttTransport:
         name = f"{self._settings.federation}-aggregator"
-        transport = MqttTransport(self._settings.broker.endpoint(), name, self._subscriptions(), will=self._farewell())
+        transport = MqttTransport(self._endpoint, name, self._subscriptions(), will=self._farewell())
         transport.start(self._inbox.put)
         return transport
 

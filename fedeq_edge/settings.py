@@ -42,9 +42,12 @@ class BrokerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     certificate: str | None = None
     key: str | None = None
 
-    def endpoint(self) -> Endpoint:
-        """Where to connect. Raises ConfigError on an URL that is no broker's."""
-        endpoint = Endpoint(url=self.url, version=self.version, ca=self.ca, certificate=self.certificate, key=self.key)
+    def endpoint(self, base: Path) -> Endpoint:
+        """Where to connect. base: the settings file. Raises ConfigError on an URL that is no broker's."""
+        ca, certificate, key = (
+            None if path is None else str(resolve(base, path)) for path in (self.ca, self.certificate, self.key)
+        )
+        endpoint = Endpoint(url=self.url, version=self.version, ca=ca, certificate=certificate, key=key)
         endpoint.address()
         return endpoint
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedeq_edge import settings
+from fedeq_edge import health, settings
 from fedeq_edge.data.npz import load_client
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.settings import AgentSettings
@@ -26,11 +26,13 @@ Config = Annotated[Path, typer.Option(help="Settings of this device.")]
 def run(config: Config = Path("agent.toml")) -> None:
     """Join the federation and take part in its rounds until SIGTERM.
 
-    Settings and data are checked first; then this process becomes the small link process of the agent.
+    Settings, data and the solver are checked first; then this process becomes the small link process of the agent,
+    which tells systemd that it is ready.
     """
     chosen = settings.load(config, AgentSettings)
-    chosen.broker.endpoint()
+    chosen.broker.endpoint(config)
     samples = len(load_client(settings.resolve(config, chosen.data)).y_train)
+    health.solve()
     command = [sys.executable, "-m", "fedeq_edge.agent", str(config), str(samples)]
     sys.stdout.flush()
     os.execv(sys.executable, command)  # noqa: S606  # becoming the link frees what checking needed

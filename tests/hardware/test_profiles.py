@@ -52,11 +52,12 @@ def test_a_boards_watts_are_stated_where_its_maker_does_and_left_out_elsewhere()
 
 @pytest.mark.parametrize("board", BOARDS)
 def test_each_board_brings_a_sample_agent_configuration_for_itself(board: str) -> None:
-    sample = load(folder("devices") / board / "agent.toml", AgentSettings)
+    path = folder("devices") / board / "agent.toml"
+    sample = load(path, AgentSettings)
 
     assert sample.profile == board
     assert not sample.emulate
-    assert sample.broker.endpoint()
+    assert sample.broker.endpoint(path)
 
 
 def test_an_unknown_board_names_the_nearest() -> None:

@@ -238,7 +238,12 @@ def test_a_method_that_cannot_be_is_refused(method: dict[str, Any], told: str, t
 @pytest.mark.parametrize("url", ["", "gateway", "http://gateway", "mqtt://", "mqtt://gateway:port", "mqtt://g:99999"])
 def test_an_url_that_is_no_brokers_is_refused(url: str) -> None:
     with pytest.raises(ConfigError):
-        BrokerSettings(url=url).endpoint()
+        BrokerSettings(url=url).endpoint(Path("agent.toml"))
+
+
+def test_pem_files_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
+    chosen = BrokerSettings(ca="ca.crt", certificate="/etc/own.crt").endpoint(tmp_path / "agent.toml")
+    assert (chosen.ca, chosen.certificate, chosen.key) == (str(tmp_path / "ca.crt"), "/etc/own.crt", None)
 
 
 @pytest.mark.parametrize(

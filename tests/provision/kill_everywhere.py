@@ -1,0 +1,103 @@
+"""Ends an installer at each of its steps in turn, and looks at what the board is then; run by test_release_kills.py.
+
+    kill_everywhere.py TEMPLATE WORK VERSIONS COMMAND...
+
+Every time a copy of the root TEMPLATE runs `release.py COMMAND`, which ends by os._exit before its k-th step; then
+`release.py boot`, as the unit does, or `release.py sweep`, by turns; then the unit's starts until it is up, and the
+command again. Prints JSON: per k the step and what is wrong, if anything is. One program that forks, because there are
+hundreds of steps.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Final
+
+from fedeq_edge.provision import release
+
+KILLED: Final = 77
+
+
+def main(template: Path, root: Path, versions: set[str], command: list[str]) -> None:
+    """Until the command gets to its end."""
+    os.sync, os.fsync = (
+        lambda: None,
+        lambda fd: None,
+    )  # a process that ends loses no page, so that syncing would prove nothing here
+    found: list[tuple[str, list[str]]] = []
+    while True:
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(template, root, symlinks=True)
+        step = root.parent / "step"
+        if forked(root, command, die_at=len(found), note=step) != KILLED:
+            break
+        swept = len(found) % 2 == 1
+        forked(root, ["sweep" if swept else "boot"])
+        found.append((step.read_text(), wrong(root, versions, swept=swept) + unit_down(root)))
+        if forked(root, command) not in (0, release.Exit.ROLLED_BACK):
+            found[-1][1].append("and the command does not end well when it is run again")
+    print(json.dumps(found))
+
+
+def forked(root: Path, command: list[str], die_at: int = -1, note: Path | None = None) -> int:
+    """The exit status of release.py in a child."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    seen = 0
+
+    def told(name: str) -> None:
+        nonlocal seen
+        if seen == die_at and note is not None:
+            note.write_text(name)
+            os._exit(KILLED)
+        seen += 1
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    status = 1
+    try:
+        status = release.main(["--root", str(root), *command], told)
+    finally:
+        os._exit(status)
+
+
+def unit_down(root: Path) -> list[str]:
+    """What the unit is like after three starts, each of which calls boot, and ready if it gets so far."""
+    board = release.Board(root)
+    version = board.current()
+    for _ in range(3):
+        forked(root, ["boot"])
+        version = board.current()
+        if version is None:
+            return []
+        if (board.releases / version / "config/health").read_text() == "ok":
+            forked(root, ["ready"])
+            return [] if board.state().trial is None else [f"{version} runs and is not confirmed"]
+    return [f"{version} is tried again and again"]
+
+
+def wrong(root: Path, versions: set[str], *, swept: bool) -> list[str]:
+    """What is not as it must be after any power cut."""
+    board = release.Board(root)
+    current, state = board.current(), board.state()
+    if current is None:
+        return [] if "" in versions else ["there is no current release"]
+    complaints = [] if current in versions else [f"{current} is current"]
+    if not board.intact(current):
+        complaints.append(f"{current} is not what its manifest says")
+    if state.trial is None and state.confirmed != current:
+        complaints.append(f"{state.confirmed} is confirmed and {current} is current")
+    if state.trial is not None and state.trial.version != current:
+        complaints.append(f"{state.trial.version} is on trial and {current} is current")
+    if not all(board.intact(version) for version in state.history):
+        complaints.append("a release to go back to is not what its manifest says")
+    if swept and any(path.name.startswith(".") for path in board.releases.iterdir()):
+        complaints.append("something is left in releases/")
+    return complaints
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), set(sys.argv[3].split(",")), sys.argv[4:])
