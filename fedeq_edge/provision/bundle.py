@@ -32,21 +32,17 @@ _EXECUTABLE: Final = frozenset({LAUNCHER, "release.py"})
 _MODEL_SUFFIXES: Final = (".fedeq", ".onnx")
 
 # Environment, not `python -I`: the agent starts its trainer as `python -m fedeq_edge.trainer`, which must find the same
-# tree. Everything of PYTHON* that could name another one is set or gone, _ISOLATION does the rest. What python compiles
-# goes to the unit's cache folder (CacheDirectory=); a release itself is never written to.
+# tree. Everything of PYTHON* that could name another one is set or gone, _ISOLATION does the rest. A release itself is
+# never written to: its byte code is in the bundle (wheels.precompile).
 _LAUNCHER: Final = """\
 #!/bin/sh
 # Starts fedeq with the packages of this release and the board's own python @PYTHON@.
 release=$(dirname "$(dirname "$(readlink -f "$0")")")
-unset PYTHONHOME PYTHONSTARTUP PYTHONPLATLIBDIR PYTHONPYCACHEPREFIX PYTHONDONTWRITEBYTECODE
+unset PYTHONHOME PYTHONSTARTUP PYTHONPLATLIBDIR PYTHONPYCACHEPREFIX
 export PYTHONPATH="$release/site" PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1
 # onnxruntime >= 1.29 reports to its maker unless this is set before it is loaded.
 export ORT_DISABLE_TELEMETRY=1
-if [ -n "${CACHE_DIRECTORY:-}" ]; then
-    export PYTHONPYCACHEPREFIX="${CACHE_DIRECTORY%%:*}/pycache"
-else
-    export PYTHONDONTWRITEBYTECODE=1
-fi
+export PYTHONDONTWRITEBYTECODE=1
 start='import sys; sys.argv[0] = "fedeq"; from fedeq_edge.cli import main; main()'
 for python in /usr/bin/python@PYTHON@ /usr/local/bin/python@PYTHON@; do
     [ -x "$python" ] && exec "$python" -c "$start" "$@"

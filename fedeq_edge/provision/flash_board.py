@@ -16,7 +16,9 @@ from fedeq_edge.provision.targets.base import PYTHON, Machine, Ran, get, make_fo
 
 INSTALLER: Final = Path(__file__).with_name("release.py")
 HEARTBEAT: Final = Path(__file__).with_name("board_heartbeat.py").read_bytes()
-TRIAL_S = 3.0  # how long a release must stay up after READY before it is confirmed
+# How long a release must stay up after READY before it is confirmed. READY comes after a real solve; somebody waits here,
+# and sees the heartbeat next.
+TRIAL_S = 1.0
 HEARTBEAT_S: Final = 30.0  # a broker that is there answers within one; a board under emulation within ten
 _INSTALL_S: Final = 900.0  # 144 MB on a slow card under emulation took 19 s; torch is three times that
 _LOG_LINES: Final = 6  # of the journal in an error
@@ -121,8 +123,10 @@ class BoardWay:
             put(self._machine, self._plan.bundle.read_bytes(), bundle)
         with steps("install", self._plan.manifest.version):
             options = ["--sha256", self._plan.digest, "--key", key, *(_trial() if start else ["--no-start"])]
-            self._detached([PYTHON, "-I", installer, *self._root(), "install", bundle, *options])
-            self._machine.run(["rm", "-rf", self._at.incoming])
+            try:
+                self._detached([PYTHON, "-I", installer, *self._root(), "install", bundle, *options])
+            finally:
+                self._machine.run(["rm", "-rf", self._at.incoming])
 
     def _root(self) -> list[str]:
         return ["--root", self._at.root] if self._at.root else []
