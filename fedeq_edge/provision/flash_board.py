@@ -16,7 +16,7 @@ from fedeq_edge.provision.targets.base import PYTHON, Machine, Ran, get, make_fo
 
 INSTALLER: Final = Path(__file__).with_name("release.py")
 HEARTBEAT: Final = Path(__file__).with_name("board_heartbeat.py").read_bytes()
-# How long a release must stay up after READY before it is confirmed. READY comes after a real solve; somebody waits here,
+# How long a release must stay up after READY before it is confirmed. READY comes after a real solve; somebody waits,
 # and sees the heartbeat next.
 TRIAL_S = 1.0
 HEARTBEAT_S: Final = 30.0  # a broker that is there answers within one; a board under emulation within ten
