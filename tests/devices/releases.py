@@ -22,8 +22,11 @@ def state(board: Board) -> dict[str, Any]:
 
 
 def runs(board: Board, bundle: Path) -> bool:
-    """Whether the board's agent runs this bundle, confirmed and connected."""
-    said = state(board)
+    """Whether the board can be reached and its agent runs this bundle, confirmed and connected."""
+    told = board.ssh(f"{RELEASE} status", check=False)
+    if told.returncode:
+        return False
+    said = json.loads(told.stdout)
     version = archive.read_manifest(bundle).version
     return bool(version == said["current"] == said["confirmed"]) and connected(board)
 
@@ -44,7 +47,12 @@ def variant(good: Path, fleet: Path, name: str, appended: str, file: str = HEALT
         manifest = archive.unpack(good, fleet / "keys" / "bundle.pub", tree)
         with (tree / file).open("a") as source:
             source.write(f"\n{appended}\n")
-        files = {path: archive.entry_of(tree / path, entry.mode) for path, entry in manifest.files.items()}
+        compiled = f"{Path(file).parent}/__pycache__/{Path(file).stem}."  # what was compiled of it is believed unseen
+        files = {
+            path: archive.entry_of(tree / path, entry.mode)
+            for path, entry in manifest.files.items()
+            if not path.startswith(compiled)
+        }
         digest = hashlib.sha256(archive.canonical(files)).hexdigest()[:12]
         version = f"{manifest.version.partition('+')[0]}+{digest}"
         out = good.with_name(f"{name}.tar.gz")
