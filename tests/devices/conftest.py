@@ -13,6 +13,20 @@ from tests.devices.cpus import PI_4, Cpu
 from tests.devices.gateway import Gateway
 from tests.devices.sites import Site, missing, namespaces
 
+MEASURED = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def measured(pytestconfig: pytest.Config) -> list[str]:
+    """Lines for the end of the run: what took how long."""
+    return pytestconfig.stash.setdefault(MEASURED, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What was measured, for the README."""
+    for line in config.stash.get(MEASURED, []):
+        terminalreporter.write_line(f"measured: {line}")
+
 
 class MakeBoard(Protocol):
     """Make a board at the site, not yet booted and gone after the module; see Board for the arguments."""
