@@ -10,7 +10,22 @@ from typing import Annotated
 import typer
 
 from fedeq_edge import __version__, logs
-from fedeq_edge.cli import agent, aggregator, broker, bundle, chaos, data, demo, device, enrol, flash, fleet, model
+from fedeq_edge.cli import (
+    agent,
+    aggregator,
+    broker,
+    bundle,
+    chaos,
+    data,
+    demo,
+    device,
+    doctor,
+    enrol,
+    flash,
+    fleet,
+    model,
+    update,
+)
 from fedeq_edge.errors import ConfigError, FedEqError, ProvisionError
 
 # Optional packages by the extra that brings them.
@@ -47,11 +62,14 @@ for noun, group in (
     app.add_typer(group, name=noun)
 device.app.command(name="enrol", epilog=enrol.ENROL_EXAMPLE)(enrol.enrol)
 device.app.command(name="csr", epilog=enrol.CSR_EXAMPLE)(enrol.csr)
+device.app.command(name="update-loop", epilog=update.LOOP_EXAMPLE)(update.update_loop)
 app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command(name="chaos", epilog=chaos.EXAMPLE)(chaos.chaos)
 app.command(name="flash", epilog=flash.FLASH_EXAMPLE)(flash.flash)
 app.command(name="logs", epilog=flash.LOGS_EXAMPLE)(flash.logs)
 app.command(name="rollback", epilog=flash.ROLLBACK_EXAMPLE)(flash.rollback)
+app.command(name="update", epilog=update.UPDATE_EXAMPLE)(update.update)
+app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:

@@ -35,6 +35,7 @@ Accept = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 _HERE = Path("fleet")
+_REPORT_S = 180.0  # a device that is on reports three times in it, and starts again within it
 
 
 def flash(
@@ -81,24 +82,52 @@ def logs(
     fleet: Folder = _HERE,
     accept_host_key: Accept = "",
 ) -> None:
-    """Print what the agent of a device said, out of its journal, where it was flashed last."""
-    with _reached(Fleet.open(fleet), device, accept_host_key) as machine:
+    """Print what the agent of a device said, out of its journal: over ssh, or where there is no way, by its updater."""
+    ours = Fleet.open(fleet)
+    if not _is_reached(ours, device) and not follow:
+        _asked_for_logs(ours, device, lines)
+        return
+    with _reached(ours, device, accept_host_key) as machine:
         more = ["--follow"] if follow else []
         command = ["journalctl", "--unit", AGENT, "--lines", str(lines), "--no-pager", "--output", "short-iso", *more]
         for line in machine.stream(command):
-            typer.echo("".join(letter if letter.isprintable() or letter == "\t" else "?" for letter in line))
+            typer.echo(_printable(line))
 
 
 def rollback(device: DeviceId, fleet: Folder = _HERE, accept_host_key: Accept = "", as_json: AsJson = False) -> None:
     """Let a device run the release before the one it runs, and see it connected to its broker."""
     from fedeq_edge.provision.flash_board import check_heartbeat, roll_back  # noqa: PLC0415  # as above
 
-    with _reached(Fleet.open(fleet), device, accept_host_key) as machine:
-        version = roll_back(machine)
-        check_heartbeat(machine, version)
+    ours = Fleet.open(fleet)
+    if _is_reached(ours, device):
+        with _reached(ours, device, accept_host_key) as machine:
+            version = roll_back(machine)
+            check_heartbeat(machine, version)
+    else:
+        version = _asked_to_roll_back(ours, device)
     if as_json:
         typer.echo(json.dumps({"device": device, "version": version}))
     _say(f"device {device} runs {version} again")
+
+
+def _asked_for_logs(fleet: Fleet, device: str, lines: int) -> None:
+    from fedeq_edge.provision import update  # noqa: PLC0415  # tuf, only where there is no other way
+
+    _say(f"asking {device} by way of the service; it reports once a minute")
+    for line in update.logs(fleet, device, _REPORT_S)[-lines:]:
+        typer.echo(_printable(line))
+
+
+def _asked_to_roll_back(fleet: Fleet, device: str) -> str:
+    """The version that it runs then, in its own words."""
+    from fedeq_edge.provision import update  # noqa: PLC0415  # as above
+
+    _say(f"asking {device} by way of the service; it reports once a minute")
+    return update.roll_back(fleet, device, _REPORT_S).removeprefix("runs ")
+
+
+def _printable(line: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\t" else "?" for letter in line)
 
 
 def _newest_bundle(fleet: Fleet, device: str) -> Path:
@@ -125,11 +154,16 @@ def _opened(target: str, fleet: Fleet, accept: str) -> Iterator[AnyTarget]:
         opened.close()
 
 
+def _is_reached(fleet: Fleet, device: str) -> bool:
+    target = fleet.device(device).target
+    return target == "local:" or target.startswith("ssh://")
+
+
 @contextmanager
 def _reached(fleet: Fleet, device: str, accept: str) -> Iterator[Machine]:
     """The machine that a device was flashed at last. Raises ConfigError where it is not reached from here."""
     target = fleet.device(device).target
-    if target != "local:" and not target.startswith("ssh://"):
+    if not _is_reached(fleet, device):
         how = f"it was flashed as {target}" if target else "it was never flashed from here"
         raise ConfigError(
             f"device {device} is not reached from this machine: {how}; flash it over ssh, "

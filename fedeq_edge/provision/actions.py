@@ -18,12 +18,17 @@ _Log = Annotated[str, msgspec.Meta(max_length=32_768)]
 
 
 class Action(msgspec.Struct, frozen=True, kw_only=True):
-    """One order to one device. version: of the release or model it is about ("" for logs). expires: unix seconds."""
+    """One order to one device.
+
+    version: of the release or model it is about ("" for logs). target: of an update, its path in the TUF repository,
+    which says with the operator's signature what it is. expires: unix seconds.
+    """
 
     id: str
     kind: Kind
     version: str
     expires: int
+    target: str = ""
 
 
 class ActionState(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,21 +4,19 @@
                  cut between them a board that nobody lets in
     device.crt   made by the fleet's CA; that it is there means that the board is enrolled
     ca.crt       the fleet's CA, whose digest the token had
+    root.json    what the updater trusts (repository.py);  updater.toml: where it asks
 
 A board whose clock stands in 1970 can do all of it: certificates are valid from then on (ca.py), and where its clock is
 behind the moment in which its own certificate was made, it takes the time from the service.
 """
 
-import contextlib
 import datetime
 import email.utils
-import http.client
 import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
-from urllib.parse import SplitResult, urlsplit
+from typing import Final
 
 import msgspec
 from cryptography import x509
@@ -29,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from cryptography.x509.oid import NameOID
 
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
+from fedeq_edge.provision import link
 from fedeq_edge.provision.ca import DEVICE_LIFETIME, common_name, issued_at, key_pem, new_key
 from fedeq_edge.provision.tokens import Token, pin_of
 from fedeq_edge.storage.files import write_atomically, writing
@@ -37,13 +36,9 @@ from fedeq_edge.wire.topics import check_identifier
 _ENROL: Final = "/.well-known/est/simpleenroll"
 _RENEW: Final = "/.well-known/est/simplereenroll"
 _AUTHORITY: Final = "/.well-known/est/cacerts"
-_ANSWER_BYTES: Final = 65_536
-_TIMEOUT_S: Final = 30.0
-_PORT: Final = 8443
+# Version 1: whoever trusts it follows the chain of signatures to the newest.
+_ROOT: Final = "/tuf/metadata/1.root.json"
 _DAY: Final = datetime.timedelta(days=1)
-# Codes of X509_verify_cert: not yet valid, expired; and a name or address that the certificate does not have.
-_DATES: Final = (9, 10)
-_NAMES: Final = (62, 64)
 
 
 class Join(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,7 +57,7 @@ def csr(folder: Path, device: str) -> bytes:
 
 
 def enrol(service_url: str, token: str, folder: Path, device: str) -> None:
-    """`folder` holds device.key, device.crt and ca.crt, made with the token. May be repeated until it has succeeded.
+    """`folder` holds the identity, and what the updater needs, by the token. May be repeated until it has succeeded.
 
     Raises ProvisionError with the exit of its own: token expired, used, another device's; CA that is not the token's;
     a clock after the end of the service's certificate; nobody there.
@@ -75,10 +70,24 @@ def enrol(service_url: str, token: str, folder: Path, device: str) -> None:
         )
     authority = _pinned_authority(service_url, joined.pin)
     request = csr(folder, device)
-    answer = _ask(service_url, _trusting(authority), "POST", _ENROL, request, token=str(joined))
+    answer = link.ask(service_url, link.trusting(_pem(authority)), "POST", _ENROL, request, token=str(joined))
     certificate = _own(answer.body, folder, device, authority)
     write_atomically(folder / "ca.crt", _pem(authority))
+    write_atomically(folder / "updater.toml", updater_toml(service_url))
     write_atomically(folder / "device.crt", _pem(certificate))
+    keep_root(service_url, folder)
+
+
+def updater_toml(service_url: str) -> bytes:
+    """The settings of a board's updater."""
+    return msgspec.toml.encode({"service": service_url})
+
+
+def keep_root(service_url: str, folder: Path) -> None:
+    """`folder` holds root.json. Whoever runs the service is believed this once, by the certificate of the pinned CA."""
+    if not (folder / "root.json").exists():
+        root = link.ask(service_url, link.identified(folder), "GET", _ROOT).body
+        write_atomically(folder / "root.json", root)
 
 
 def join(path: Path, folder: Path) -> str:
@@ -107,15 +116,15 @@ def renew_if_due(service_url: str, folder: Path, clock: Callable[[], float] = ti
     Raises ProvisionError where the service refuses or cannot be reached: ask again later, the certificate stays.
     """
     certificate, authority = _read_certificate(folder / "device.crt"), _read_certificate(folder / "ca.crt")
-    context = _trusting(authority)
+    context = link.trusting(_pem(authority))
     now = datetime.datetime.fromtimestamp(clock(), datetime.UTC)
     if now < issued_at(certificate) - _DAY:
-        now = _date(service_url, _ask(service_url, context, "GET", _AUTHORITY))
+        now = _date(service_url, link.ask(service_url, context, "GET", _AUTHORITY))
     if now < issued_at(certificate) + DEVICE_LIFETIME / 2:
         return False
     device = common_name(certificate)
     context.load_cert_chain(folder / "device.crt", folder / "device.key")
-    answer = _ask(service_url, context, "POST", _RENEW, csr(folder, device))
+    answer = link.ask(service_url, context, "POST", _RENEW, csr(folder, device))
     write_atomically(folder / "device.crt", _pem(_own(answer.body, folder, device, authority)))
     return True
 
@@ -130,19 +139,7 @@ def _is_enrolled(folder: Path, token: Token) -> bool:
     return pin_of(authority.public_bytes(Encoding.DER)) == token.pin
 
 
-class _Answer(NamedTuple):
-    body: bytes
-    date: str
-
-
-class _Told(msgspec.Struct):
-    """How the service refuses."""
-
-    exit: Exit
-    error: str
-
-
-def _date(service_url: str, answer: _Answer) -> datetime.datetime:
+def _date(service_url: str, answer: link.Answer) -> datetime.datetime:
     """When the service answered, by its own clock."""
     try:
         return email.utils.parsedate_to_datetime(answer.date)
@@ -159,7 +156,7 @@ def _pinned_authority(service_url: str, pin: str) -> x509.Certificate:
     blind = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     blind.check_hostname = False
     blind.verify_mode = ssl.CERT_NONE
-    body = _ask(service_url, blind, "GET", _AUTHORITY).body
+    body = link.ask(service_url, blind, "GET", _AUTHORITY).body
     try:
         authority = x509.load_pem_x509_certificate(body)
     except ValueError as error:
@@ -173,69 +170,6 @@ def _pinned_authority(service_url: str, pin: str) -> x509.Certificate:
             "between; nothing was sent to it. Check --service, and make a token of this fleet: fedeq fleet token",
         )
     return authority
-
-
-def _trusting(authority: x509.Certificate) -> ssl.SSLContext:
-    return ssl.create_default_context(cadata=_pem(authority).decode())
-
-
-def _ask(
-    service_url: str, context: ssl.SSLContext, method: str, path: str, body: bytes | None = None, token: str = ""
-) -> _Answer:
-    """What the service answers. Raises ProvisionError: its refusal, or why it could not be asked."""
-    address = _address(service_url)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    link = http.client.HTTPSConnection(
-        address.hostname or "", address.port or _PORT, timeout=_TIMEOUT_S, context=context
-    )
-    try:
-        with contextlib.closing(link):
-            link.request(method, f"{address.path.rstrip('/')}{path}", body, headers)
-            response = link.getresponse()
-            content = response.read(_ANSWER_BYTES)
-    except ssl.SSLError as error:
-        raise _untrusted(service_url, error) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise ProvisionError(
-            Exit.LOST, f"{service_url} cannot be reached ({error}); is fedeq fleet serve running, and the network up?"
-        ) from error
-    if response.status != http.client.OK:
-        raise _refusal(service_url, response.status, content)
-    return _Answer(content, response.headers.get("Date", ""))
-
-
-def _address(service_url: str) -> SplitResult:
-    address = urlsplit(service_url)
-    if address.scheme != "https" or not address.hostname:
-        raise ProvisionError(Exit.MISUSED, f"{service_url!r} is no address of the service; give https://HOST:{_PORT}")
-    return address
-
-
-def _untrusted(service_url: str, error: ssl.SSLError) -> ProvisionError:
-    code = error.verify_code if isinstance(error, ssl.SSLCertVerificationError) else None
-    host = urlsplit(service_url).hostname
-    if code in _DATES:
-        here = datetime.datetime.now(datetime.UTC)
-        return ProvisionError(
-            Exit.CLOCK,
-            f"{service_url}: its certificate is out of date by this board's clock ({here:%Y-%m-%d %H:%M}); "
-            "set it (timedatectl set-ntp true), or on the host: fedeq fleet gateway",
-        )
-    if code in _NAMES:
-        remedy = f"its certificate does not name {host}; on the host, run: fedeq fleet gateway --host {host}"
-    elif code is not None:
-        remedy = "it is not of this fleet; check --service"
-    else:
-        remedy = f"{error.reason}; was this board's certificate made by this fleet? Enrol it anew with a token"
-    return ProvisionError(Exit.VERIFICATION, f"{service_url}: {remedy}")
-
-
-def _refusal(service_url: str, status: int, content: bytes) -> ProvisionError:
-    """The service's own words where it has some. Whose they are may not be known: nothing that steers a terminal."""
-    with contextlib.suppress(msgspec.DecodeError, RecursionError):
-        told = msgspec.json.decode(content, type=_Told)
-        return ProvisionError(told.exit, "".join(letter for letter in told.error[:500] if letter.isprintable()))
-    return ProvisionError(Exit.FAILED, f"{service_url} answers {status}; is it the service of this fleet?")
 
 
 def _own(answer: bytes, folder: Path, device: str, authority: x509.Certificate) -> x509.Certificate:

@@ -140,7 +140,9 @@ class BoardWay:
                 raise ProvisionError(Exit.FAILED, f"{self._machine.name}: {AGENT} does not start: {done.reason}")
 
     def _enrol(self, sign: Sign) -> None:
-        """The board has a certificate for the key that it made itself."""
+        """The board has a certificate for the key that it made itself, and what its updater trusts."""
+        from fedeq_edge.provision.repository import board_files  # noqa: PLC0415  # tuf, only where a board is new
+
         make_folder(self._machine, self._at.identity, mode=0o700)
         asked = ["device", "csr", "--device", self._plan.device, "--folder", self._at.identity]
         done = self._machine.run([self._at.program, *asked])
@@ -149,6 +151,8 @@ class BoardWay:
         authority = sign()
         certificate = authority.device_certificate(done.out, self._plan.device)
         put(self._machine, authority.pem, f"{self._at.identity}/ca.crt", mode=0o644)
+        for name, content in board_files(self._fleet).items():
+            put(self._machine, content, f"{self._at.identity}/{name}", mode=0o644)
         put(self._machine, certificate, f"{self._at.identity}/device.crt", mode=0o644)  # last: it says "enrolled"
 
     def _detached(self, argv: list[str]) -> None:

@@ -5,6 +5,7 @@
     gateway/                what broker and service need: server.crt, server.key, ca.crt, crl.pem; aggregator.crt, .key
     tokens.json             join tokens (tokens.py)
     keys/bundle.key, .pub   Ed25519, signs releases
+    tuf/                    what boards may fetch, and the keys that say so (repository.py)
     actions/<device>.json   what a device shall do;  reports/<device>.json  what it said last
 
 All of it is the owner's alone (0700). Nothing here is imported that a machine without the extra `fleet` has not.
@@ -216,14 +217,25 @@ class Fleet:
         """
         return records.held(self.folder / "ca" / "issued")
 
-    def give_action(self, device: str, kind: Kind, version: str, expires_s: float) -> Action:
+    def give_action(self, device: str, kind: Kind, version: str, expires_s: float, *, target: str = "") -> Action:
         """The device is told to do this when it next reports, within `expires_s`; it takes the place of any other."""
         self.device(device)
         now = self._clock()
-        action = Action(id=secrets.token_hex(8), kind=kind, version=version, expires=int(now + expires_s))
+        action = Action(
+            id=secrets.token_hex(8), kind=kind, version=version, expires=int(now + expires_s), target=target
+        )
         with records.held(self.folder / "actions"):
             records.write(self._file("actions", device), GivenAction(action=action, given=now))
         return action
+
+    def withdraw(self, action: Action, device: str) -> None:
+        """The action is not told to the device any more; one that has begun it ends it. Another's is left alone."""
+        with records.held(self.folder / "actions"):
+            given = self.given_action(device)
+            if given is None or given.action.id != action.id:
+                return
+            ended = msgspec.structs.replace(action, expires=min(action.expires, int(self._clock())))
+            records.write(self._file("actions", device), msgspec.structs.replace(given, action=ended))
 
     def given_action(self, device: str) -> GivenAction | None:
         """The last action given to this device, ended or not, None if there was none."""
@@ -300,6 +312,7 @@ def new_gateway(folder: Path, hosts: Sequence[str], *, passphrase: str | None = 
 
 def _found(folder: Path, settings: FleetSettings, hosts: Sequence[str], passphrase: str | None, clock: Clock) -> None:
     from fedeq_edge.provision.ca import Authority  # noqa: PLC0415  # cryptography: this command needs it, few do
+    from fedeq_edge.provision.repository import Repository  # noqa: PLC0415  # tuf, likewise
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700)
@@ -313,6 +326,7 @@ def _found(folder: Path, settings: FleetSettings, hosts: Sequence[str], passphra
     write_atomically(folder / "gateway" / "ca.crt", authority.pem)
     write_atomically(folder / "gateway" / "crl.pem", authority.crl())
     _make_bundle_key(folder / "keys")
+    Repository.create(folder / "tuf", passphrase, clock)
     text = msgspec.toml.encode({"fleet": settings})
     write_atomically(folder / "fleet.toml", text, mode=0o600)
 

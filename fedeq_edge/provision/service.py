@@ -4,7 +4,7 @@
     POST /.well-known/est/simplereenroll   certificate request, with the device's certificate -> certificate
     GET  /.well-known/est/cacerts          CA certificate; a board compares it with its token's pin
     POST /v1/report                        JSON (actions.py), with the device's certificate -> {"action": ...}
-    GET  /tuf/metadata/..., /tuf/targets/...   files of the TUF repository, which carry their own signatures
+    GET  /tuf/metadata/..., /tuf/targets/...   files of the repository (repository.py), with the device's certificate
 
 Theory of operation. TLS asks for a client's certificate and checks that this fleet's CA made it for clients; whether it
 is revoked, expired or a stranger's to the fleet is decided here, per request, so that a board hears the reason instead
@@ -103,7 +103,13 @@ class Desk:
             self._refuse_revoked(x509.load_der_x509_certificate(request.peer))
         if request.path == AUTHORITY:
             return _Answer(kind="application/x-pem-file", content=self._authority.pem)
-        return _Answer(kind="application/octet-stream", content=self._tuf_file(request.path))
+        if not request.path.startswith("/tuf/"):
+            raise _nothing_here(request.path)
+        self._member(request)
+        found = self._tuf_file(request.path)
+        if found.name == "timestamp.json":
+            self._freshen()
+        return _Answer(kind="application/octet-stream", content=found)
 
     def _enrol(self, request: _Request) -> _Answer:
         token, device = Token.parse(request.bearer), _named(request.body)
@@ -124,10 +130,7 @@ class Desk:
         return _Answer(kind="application/x-pem-file", content=certificate)
 
     def _report(self, request: _Request) -> _Answer:
-        shown = self._shown(request)
-        device = common_name(shown)
-        if shown.not_valid_after_utc < datetime.fromtimestamp(self._clock(), UTC):
-            raise _Refusal(403, Exit.VERIFICATION, f"the certificate of device {device} has expired; renew it first")
+        device = self._member(request)
         try:
             report = msgspec.json.decode(request.body, type=Report)
         except (msgspec.DecodeError, RecursionError) as error:  # the latter: brackets by the thousand
@@ -143,6 +146,20 @@ class Desk:
         self._refuse_revoked(certificate)
         self._check_member(common_name(certificate))
         return certificate
+
+    def _member(self, request: _Request) -> str:
+        """The device that asks, whose certificate has not expired either."""
+        shown = self._shown(request)
+        device = common_name(shown)
+        if shown.not_valid_after_utc < datetime.fromtimestamp(self._clock(), UTC):
+            raise _Refusal(403, Exit.VERIFICATION, f"the certificate of device {device} has expired; renew it first")
+        return device
+
+    def _freshen(self) -> None:
+        """What boards take as the sign that nothing is kept from them was signed lately."""
+        from fedeq_edge.provision.repository import freshen  # noqa: PLC0415  # tuf takes 0.3 s: only who updates waits
+
+        freshen(self._fleet.folder / "tuf", self._clock)
 
     def _check_member(self, device: str) -> None:
         if device not in self._fleet.devices:

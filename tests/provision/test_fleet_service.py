@@ -434,19 +434,20 @@ def test_a_body_of_a_length_that_is_none_is_not_read(length: str, fleet: Fleet, 
         assert link.recv(64).startswith(b"HTTP/1.0 413")
 
 
-def test_files_of_the_repository_are_served_and_no_others(fleet: Fleet, url: str) -> None:
+def test_files_of_the_repository_are_served_to_devices_and_no_others(fleet: Fleet, enrolled: Path, url: str) -> None:
     inside = fleet.folder / "tuf" / "targets" / "sub"
     inside.mkdir(parents=True)
     (inside / "model.onnx").write_bytes(b"x" * 200_000)
-    (fleet.folder / "tuf" / "keys").mkdir()
-    (fleet.folder / "tuf" / "keys" / "root").write_text("secret")
     (inside / "link").symlink_to(fleet.folder / "ca" / "ca.key")
     ca = fleet.folder / "ca" / "ca.crt"
-    assert ask(url, "/tuf/targets/sub/model.onnx", ca=ca) == (200, b"x" * 200_000)
+    assert ask(url, "/tuf/targets/sub/model.onnx", identity=enrolled, ca=ca) == (200, b"x" * 200_000)
     outside = ("keys/root", "targets/../keys/root", "targets/%2e%2e/keys/root", "targets/sub/link", "targets/sub", "")
     strange = ("targets/%00", "targets/" + "x" * 5000, "targets//", "targets/%ff", "[")
-    assert {ask(url, f"/tuf/{path}", ca=ca)[0] for path in (*outside, *strange)} == {404}
+    assert {ask(url, f"/tuf/{path}", identity=enrolled, ca=ca)[0] for path in (*outside, *strange)} == {404}
+    assert ask(url, "/elsewhere", ca=ca)[0] == 404
     assert ask(url, "/elsewhere", b"", ca=ca)[0] == 404
+    status, told = ask(url, "/tuf/targets/sub/model.onnx", ca=ca)
+    assert (status, told["exit"]) == (401, Exit.VERIFICATION)
 
 
 def test_a_client_that_says_nothing_stops_nobody(fleet: Fleet, enrolled: Path, service: Service, url: str) -> None:

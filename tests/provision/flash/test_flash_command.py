@@ -108,9 +108,20 @@ def test_logs_are_those_of_the_board_that_the_fleet_remembers(
     assert "--lines 5" in board.commands[-1]
 
 
-@pytest.mark.parametrize("command", ["logs", "rollback"])
-def test_a_device_that_is_not_reached_from_here_says_so(command: str, run: Run, fleet: Fleet) -> None:
+def test_a_device_that_is_not_reached_from_here_cannot_be_followed(run: Run, fleet: Fleet) -> None:
     fleet.flashed("box-01", "card.img")
-    done = run(command, "box-01")
+    done = run("logs", "box-01", "-f")
     assert done.code == Exit.MISUSED
     assert "card.img" in done.err
+
+
+@pytest.mark.parametrize("command", ["logs", "rollback"])
+def test_a_device_that_is_not_reached_from_here_is_asked_by_its_updater(
+    command: str, run: Run, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedeq_edge.cli.flash._REPORT_S", 0.5)
+    fleet.flashed("box-01", "card.img")
+    done = run(command, "box-01")
+    assert done.code == Exit.ACTION_EXPIRED
+    assert "by way of the service" in done.err
+    assert "it has never reported" in done.err

@@ -1,0 +1,146 @@
+"""A fleet with a real service on loopback and boards in temporary roots, for the tests of updates."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from fedeq_edge.provision import archive, enrol
+from fedeq_edge.provision.archive import Cpu, Manifest
+from fedeq_edge.provision.ca import Authority
+from fedeq_edge.provision.fleet import Fleet, FleetSettings
+from fedeq_edge.provision.service import Desk, Service
+from fedeq_edge.provision.updater import Board, Task, Updater
+from tests.provision.release_board import INSTALLER, FakeBoard, files_of
+
+NOW = 1_800_000_000.0
+DAY_S = 86_400.0
+PROFILE = "x86-64"
+# a release is watched for seconds after READY; here nothing happens in them
+HASTY = INSTALLER.read_bytes().replace(b"default=3.0", b"default=0.0")
+
+
+class Time:
+    """A clock that somebody sets."""
+
+    def __init__(self, now: float = NOW) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Killed(BaseException):
+    """The power is gone."""
+
+
+class Plant:
+    """A fleet in a folder, its service running; boards are made by `board`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock = Time()
+        self.folder = folder
+        settings = FleetSettings(name="plant", broker="mqtts://g", service="https://g", federation="plant")
+        self.fleet = Fleet.init(folder / "fleet", settings, ["127.0.0.1"], clock=self.clock)
+        self.tuf = self.fleet.folder / "tuf"
+        self.url = ""
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator["Plant"]:
+        desk = Desk(self.fleet, Authority.open(self.fleet.folder / "ca", clock=self.clock), self.clock)
+        with Service(desk, self.fleet.folder / "gateway", ("127.0.0.1", 0)) as service:
+            self.url = f"https://127.0.0.1:{service.port}"
+            thread = threading.Thread(target=service.serve_forever, args=(0.01,))
+            thread.start()
+            try:
+                yield self
+            finally:
+                service.shutdown()
+                thread.join()
+
+    def board(self, device: str) -> "Member":
+        """A board of this fleet, enrolled, on which release 1.0+a runs."""
+        self.fleet.add(device, PROFILE)
+        made = Member(self, device)
+        with made.environment():
+            status, _, line = made.fake.install(self.bundle("1.0+a"))
+        assert status == 0, line
+        return made
+
+    def bundle(self, version: str, health: str = "ok", profile: str = PROFILE) -> Path:
+        """A bundle of the fleet; the same for the same words."""
+        out = self.folder / f"{profile}-{version}.tar.gz"
+        if out.exists():
+            return out
+        tree = self.folder / f"tree-{version}"
+        files = {**files_of(version, health), "release.py": HASTY + f"# {version}\n".encode()}
+        for name, content in files.items():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes(content)
+        entries = {
+            name: archive.entry_of(tree / name, 0o755 if name.startswith("bin/") else 0o644) for name in sorted(files)
+        }
+        manifest = Manifest(
+            version=version,
+            profile=profile,
+            architecture="x86_64",
+            python="3.11",
+            glibc="2.28",
+            cpu=Cpu(part="", qemu=""),
+            packages={},
+            files=entries,
+        )
+        archive.pack(tree, manifest, self.fleet.folder / "keys" / "bundle.key", out)
+        return out
+
+
+class Member:
+    """A board of a plant: release.py with its fake systemd, an identity, and an updater that can be killed."""
+
+    def __init__(self, plant: Plant, device: str) -> None:
+        self.plant, self.device = plant, device
+        folder = plant.folder / device
+        folder.mkdir()
+        self.fake = FakeBoard(folder)
+        (self.fake.base / "release.py").write_bytes(HASTY)
+        (self.fake.base / "bundle.pub").write_bytes((plant.fleet.folder / "keys" / "bundle.pub").read_bytes())
+        self.board = Board(self.fake.root)
+        enrol.enrol(plant.url, str(plant.fleet.issue_token(device)), self.board.identity, device)
+        self.clock = Time()
+        self.steps: list[str] = []
+
+    @contextlib.contextmanager
+    def environment(self) -> Iterator[None]:
+        before = dict(os.environ)
+        os.environ.update(self.fake.environment)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    def turn(self, die_at: int | None = None, meanwhile: Callable[[str], None] = lambda _: None) -> None:
+        """The updater starts, takes one turn and leaves; or it dies at its step of this number, counted from 0."""
+        self.steps = []
+
+        def told(step: str) -> None:
+            if len(self.steps) == die_at:
+                raise Killed
+            self.steps.append(step)
+            meanwhile(step)
+
+        with self.environment():
+            Updater(self.board, self.clock, told).once()
+
+    @property
+    def runs(self) -> str:
+        """What the current release says of itself."""
+        return self.fake.runs()
+
+    @property
+    def task(self) -> Task:
+        """The last action as the board has it."""
+        return msgspec.json.decode((self.board.folder / "task.json").read_bytes(), type=Task)
