@@ -1,6 +1,7 @@
 """Real parts that several test folders share: a mosquitto that can be killed, and a TCP proxy with faults."""
 
 import contextlib
+import logging
 import socket
 import subprocess
 import time
@@ -60,6 +61,16 @@ class RealMosquitto:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """A command that runs in this process sets up the program's log, whose stream is gone after its test."""
+    logger = logging.getLogger("fedeq_edge")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
