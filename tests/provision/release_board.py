@@ -155,12 +155,12 @@ class FakeBoard:
             os.umask(mask)
         return status, json.loads(told.getvalue() or "{}"), line.getvalue()
 
-    def process(self, *arguments: str | Path, **options: Any) -> tuple[int, dict[str, Any], str]:
-        """The same of a process of its own."""
-        command = self.command(*arguments)
-        ended = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60, env=self.environment, **options
-        )
+    def process(self, *arguments: str | Path, file_bytes: int | None = None) -> tuple[int, dict[str, Any], str]:
+        """The same of a process of its own, that may write files of so many bytes."""
+        command = [str(word) for word in self.command(*arguments)]
+        if file_bytes is not None:
+            command = ["sh", "-c", f'ulimit -f {file_bytes // 512}; exec "$@"', "sh", *command]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=self.environment)
         return ended.returncode, json.loads(ended.stdout), ended.stderr
 
     def install(self, path: Path, *more: str | Path) -> tuple[int, dict[str, Any], str]:

@@ -6,7 +6,6 @@ import fcntl
 import gzip
 import json
 import os
-import resource
 import shutil
 import stat
 import subprocess
@@ -452,9 +451,7 @@ def test_a_bundle_that_is_not_there_is_a_misuse(running: FakeBoard, tmp_path: Pa
 
 def test_a_release_beyond_the_limit_of_a_file_finds_no_space(running: FakeBoard, tmp_path: Path) -> None:
     path = bundle(tmp_path, "v2", ballast=[bytes(2 << 20)])
-    limit = (1 << 20, 1 << 20)
-    install = ("install", path, "--sha256", digest(path))
-    status, _, line = running.process(*install, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    status, _, line = running.process("install", path, "--sha256", digest(path), file_bytes=1 << 20)
     assert (status, "needs 18 MB free" in line) == (errors.Exit.NO_SPACE, True)
     still_runs_v1(running)
 
