@@ -78,7 +78,14 @@ class ContributionError(FedEqError):
 
 
 class MaskingError(FedEqError):
-    """A masked sum cannot go on; nothing was unmasked that should not be, and a new session is needed."""
+    """A masked sum cannot go on; nothing was unmasked that should not be, and a new session is needed.
+
+    devices: whose fault it is, where that is known.
+    """
+
+    def __init__(self, message: str, devices: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.devices = devices
 
 
 class SolverError(FedEqError):

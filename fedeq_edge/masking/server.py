@@ -242,6 +242,16 @@ class MaskingServer:
             return False
         return all(len(holders) == self._grouped().quorum for holders in self._holders.values())
 
+    @property
+    def unsound(self) -> tuple[str, ...]:
+        """Members of whose shares too few fit, though a quorum has revealed: what they dealt was nonsense."""
+        group = self._grouped()
+        if self._phase != "reveal" or len(self._reveals) < group.quorum:
+            return ()
+        missing = len(self._contributors) - len(self._reveals)
+        dealers = (dealer for dealer, holders in self._holders.items() if len(holders) + missing < group.quorum)
+        return tuple(group.roster.members[dealer].device for dealer in sorted(dealers))
+
     def unmask(self) -> MaskedSum:
         """The sum of the contributors' vectors, bit for bit. Raises MaskingError where shares are missing."""
         self._closing("reveal")
@@ -296,9 +306,11 @@ class MaskingServer:
     def _recovered(self, group: Group, dropped: int, secret: int) -> Pair:
         pair = Pair.of_seed(secret, self._terms.session)
         if pair.public != group.keys(dropped).mask:
+            device = group.roster.members[dropped].device
             raise MaskingError(
-                f"masked sum: the shares of {group.roster.members[dropped].device} do not give its key, so its masks "
-                "cannot be taken out; begin a new session without it"
+                f"masked sum: the shares of {device} do not give its key, so its masks cannot be taken out; "
+                "begin a new session without it",
+                (device,),
             )
         return pair
 

@@ -414,7 +414,6 @@ class Aggregator:
             self._out.verdict(device, "contribution", member.accepted_round, factor=member.factor)
             return
         if self._masked is not None and self._masked.holds(offer.transfer):
-            self.counters.duplicates += 1
             self._out.send(device, messages.ChunkAck(transfer=offer.transfer, bitmap=chunks.whole(offer.size)))
             return
         bitmap = self._uploads.offer(device, offer.transfer, offer.size, now)

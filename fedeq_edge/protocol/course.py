@@ -4,6 +4,7 @@ Events that devices cause are the aggregator's (aggregator.py), whose rules hold
 them, and from time passing.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -167,8 +168,9 @@ class Course:
         if masked.complete:
             self._unmask(masked, now)
         elif masked.revealing:
-            if masked.overdue(now, self.federation.schedule.deadline_s):
-                self._give_up(masked, "too few of its devices stayed to the end of their masked sum", now)
+            failure = masked.failed(now, self.federation.schedule.deadline_s)
+            if failure is not None:
+                self._give_up(masked, failure, now)
         else:
             for device in masked.advance(now):
                 self._prompt(device, now)
@@ -183,23 +185,33 @@ class Course:
     def _unmask(self, masked: "MaskedRounds", now: float) -> None:
         try:
             partial, transfers, wrong = masked.unmask()
-            self.consensus.accept_sum(partial)
-        except (MaskingError, ContributionError) as error:
-            self._give_up(masked, str(error), now)
+            here = {device: transfer for device, transfer in transfers.items() if device in self.consensus.members}
+            self.consensus.accept_sum(dataclasses.replace(partial, devices=tuple(sorted(here))))
+        except MaskingError as error:
+            self._give_up(masked, error, now)
+            return
+        except ContributionError as error:
+            self._give_up(masked, MaskingError(str(error)), now)
             return
         for trouble in wrong:
             self.out.note("masked sum", round=self.state.round, trouble=trouble)
-        for device, transfer in transfers.items():
+        for device, transfer in here.items():
             self.intake.settle(device, self.state.round, transfer)
-        self.out.counters.accepted += len(transfers)
-        self._end_sum(masked, now, transfers, None)
+        self.out.counters.accepted += len(here)
+        self._end_sum(masked, now, here, None)
 
-    def _give_up(self, masked: "MaskedRounds", why: str, now: float) -> None:
-        """The round has no sum: its devices have revealed too much to make another, and the consensus stays."""
+    def _give_up(self, masked: "MaskedRounds", why: MaskingError, now: float) -> None:
+        """The round has no sum: its devices have revealed too much to make another, and the consensus stays.
+
+        Whose fault it is takes part in no other sum.
+        """
+        for device in why.devices:
+            self.refusals.refuse("spoiled", device, str(why))
+        masked.barred |= set(why.devices)
         devices, self.state.contributed = list(self.state.contributed), {}
         refusal = ContributionError("unmasked", f"round {self.state.round} has failed: {why}")
         self.refusals.counts[refusal.code] += len(devices)
-        self.out.note("round failed", round=self.state.round, devices=len(devices), reason=why)
+        self.out.note("round failed", round=self.state.round, devices=len(devices), reason=str(why))
         self._end_sum(masked, now, devices, refusal)
 
     def _end_sum(
@@ -216,12 +228,12 @@ class Course:
         self._go_on(now)
 
     def add_up_without(self, device: str, now: float) -> None:
-        """A device that has left for good is in no sum from here on."""
-        if self.masked is None or not self.masked.concerns(device):
-            return
-        if self.masked.revealing:
-            self._give_up(self.masked, f"device {device} was taken out after its sum was closed", now)
-        else:
+        """A device that has left for good is in no sum from here on, but for one whose survivors have been told.
+
+        That one stands, as the steps that the consensus has made do: it may be known already, and another sum without
+        the device would tell its contribution.
+        """
+        if self.masked is not None and self.masked.takes(device):
             self.masked.begin(now)
             for other in self.state.cohort:
                 self.ask(other, now)
@@ -316,8 +328,8 @@ class Course:
         if self.state.status == "finishing":
             asked = device in self.consensus.members and device not in self._unable
             return asked and device not in self.reports
-        if self.masked is not None and self.masked.revealing:
-            return False  # nothing can come to this sum any more
+        if self.masked is not None and not self.masked.takes(device):
+            return False
         return self.rounds.owes(device)
 
     def ask(self, device: str, now: float) -> None:

@@ -67,7 +67,7 @@ class Part:
         message = messages.contribution(received)
         difference = coding.decode(message.codec, received.body, message.length)
         step = dual_step(difference, pending.kappa, _BITS)
-        if largest(step) > self._terms.bound // self._terms.omega:
+        if largest(step) > min(self._terms.limit, self._terms.bound // self._terms.omega):
             raise LocalWireError(
                 f"a parameter moved by {np.abs(difference).max():.3g}, and masked rounds take less; "
                 "raise masking.limit on the aggregator, or train with a smaller learning rate"

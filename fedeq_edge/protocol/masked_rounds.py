@@ -16,10 +16,12 @@ contribution has been acknowledged as counting until the sum is unmasked, closed
 """
 
 import hashlib
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from fedeq_edge.consensus.fixed import largest
 from fedeq_edge.consensus.masked import Masking
 from fedeq_edge.consensus.quality import Weights
 from fedeq_edge.consensus.records import PartialSum
@@ -31,6 +33,7 @@ from fedeq_edge.protocol.transfers import RETRY_S
 from fedeq_edge.wire import messages
 
 _ANSWERS: Final[dict[str, type[Message]]] = {"keys": Keys, "shares": Shares, "reveal": Reveal}
+_SUM_BITS: Final = 64  # with the sign
 Prompt = tuple[messages.MaskingStep, bytes]
 
 
@@ -44,12 +47,14 @@ class MaskedRounds:
     boot: str
     attempt: int = 0
     trouble: str = ""  # why the exchange does not go on
+    barred: set[str] = field(default_factory=set)  # devices that have spoiled a sum since this process began
     _session: bytes = b""
     _server: MaskingServer | None = None
     _weights: dict[str, Weights] = field(default_factory=dict)
     _transfers: dict[str, bytes] = field(default_factory=dict)
     _prompts: dict[str, Prompt] = field(default_factory=dict)  # what each device is to answer in this step
     _expected: set[str] = field(default_factory=set)
+    _left_out: set[str] = field(default_factory=set)  # by us, because they did not answer in time
     _asked_at: dict[str, float] = field(default_factory=dict)
     _step_at: float = 0.0
 
@@ -60,7 +65,7 @@ class MaskedRounds:
         state, consensus = self.state, self.rounds.consensus
         self.attempt += 1
         self._session = _session_of(state.run, state.round, self.boot, self.attempt)
-        self._weights = {device: consensus.weights(device) for device in state.cohort}
+        self._weights = self._fitting({device: consensus.weights(device) for device in state.cohort})
         self._server = MaskingServer(
             Terms(
                 session=self._session,
@@ -70,8 +75,21 @@ class MaskedRounds:
             )
         )
         state.contributed, state.revealing, self._transfers = {}, None, {}
-        self.trouble = ""
-        self._ask({}, state.cohort, now)
+        self._left_out = set()
+        self._ask({}, self._weights, now)
+
+    def _fitting(self, weights: dict[str, Weights]) -> dict[str, Weights]:
+        """Those who make a sum of 64 bits together; the heaviest stay out, and so does who has spoiled one."""
+        for device in self.barred & weights.keys():
+            self.rounds.decline(device, "it has spoiled a masked sum")
+            del weights[device]
+        bounds = {device: self.masking.bound(*weight) for device, weight in weights.items()}
+        while bounds and (max(bounds.values()) * len(bounds)).bit_length() >= _SUM_BITS:
+            heaviest = max(bounds, key=lambda device: (bounds[device], device))
+            reason = "its weight leaves no room in a masked sum: lower schedule.samples_limit, or masking.limit"
+            self.rounds.decline(heaviest, reason)
+            del bounds[heaviest], weights[heaviest]
+        return weights
 
     def resume(self, now: float) -> None:
         """The sum whose survivors may have been told goes on; any other begins anew."""
@@ -89,9 +107,9 @@ class MaskedRounds:
     def _bound(self) -> int:
         return max((self.masking.bound(*weights) for weights in self._weights.values()), default=1)
 
-    def concerns(self, device: str) -> bool:
-        """Whether the sum of the open round reckons with this device."""
-        return self.state.open and device in self._weights
+    def takes(self, device: str) -> bool:
+        """Whether the sum of the open round still waits for a contribution of this device."""
+        return self.state.open and device in self._weights and not self.revealing
 
     def terms(self, device: str) -> messages.MaskingTerms:
         """What the device needs, with its task."""
@@ -99,6 +117,7 @@ class MaskedRounds:
             session=self._session,
             omega=self._weights[device].omega,
             bound=self._bound,
+            limit=self.masking.bound(1, self._weights[device].penalty),
             length=self.rounds.consensus.z_hat.size,
             threshold=self.masking.threshold,
         )
@@ -181,12 +200,16 @@ class MaskedRounds:
         except (MaskingError, ConfigError) as error:
             self.trouble = str(error)
             return []
+        self._left_out |= missing
         for device in missing:
             self.rounds.decline(device, f"it did not answer within {self.masking.step_s:g} s in the masked sum")
         self._ask(prompts, prompts, now)
         return sorted(prompts)
 
     def _closed_keys(self, server: MaskingServer) -> dict[str, Prompt]:
+        needed = math.ceil(self.masking.threshold * len(self._expected - self.rounds.declined.keys()))
+        if len(server.answered) < needed:
+            raise MaskingError(f"masked sum: {len(server.answered)} devices sent keys, {needed} are needed")
         roster = server.close_keys()
         body = encode(roster)
         return {member.device: self._prompt("roster", body) for member in roster.members}
@@ -202,7 +225,8 @@ class MaskedRounds:
         False where it would be a sum of too few.
         """
         server = self._server
-        if server is None:
+        willing = self._weights.keys() - (self.rounds.declined.keys() - self._left_out)
+        if server is None or len(self._transfers) < math.ceil(self.rounds.federation.schedule.quorum * len(willing)):
             return False
         try:
             server.close_masked()
@@ -232,7 +256,7 @@ class MaskedRounds:
 
     def _ask(self, prompts: dict[str, Prompt], expected: Collection[str], now: float) -> None:
         """A step begins, in which the `expected` devices answer."""
-        self._prompts, self._expected, self._step_at = prompts, set(expected), now
+        self._prompts, self._expected, self._step_at, self.trouble = prompts, set(expected), now, ""
         self._asked_at = dict.fromkeys(expected, now)
 
     def _missing(self, server: MaskingServer) -> set[str]:
@@ -250,9 +274,19 @@ class MaskedRounds:
         """Whether the sum can be unmasked."""
         return self._server is not None and self._server.complete
 
-    def overdue(self, now: float, deadline_s: float) -> bool:
-        """Whether so few devices have revealed in so long that nobody waits for more."""
-        return self.revealing and now - self._step_at >= deadline_s
+    def failed(self, now: float, deadline_s: float) -> MaskingError | None:
+        """Why the sum will never be unmasked: shares that do not fit, or too few who have revealed in so long."""
+        server = self._server
+        if server is None or not self.revealing:
+            return None
+        if server.unsound:
+            named = ", ".join(server.unsound)
+            return MaskingError(
+                f"the shares of {named} do not fit what was committed to; left out from here on", server.unsound
+            )
+        if now - self._step_at >= deadline_s:
+            return MaskingError("too few of its devices stayed to the end of their masked sum")
+        return None
 
     def unmask(self) -> tuple[PartialSum, dict[str, bytes], list[str]]:
         """The sum, the sha256 of what each of its devices sent, and what was wrong with shares. Raises MaskingError."""
@@ -260,19 +294,22 @@ class MaskedRounds:
         if self._server is None or saved is None:
             raise MaskingError("masked sum: none waits to be unmasked")
         result = self._server.unmask()
+        most = sum(self.masking.bound(*saved.weights[device]) for device in result.contributors)
+        if largest(result.total) > most:
+            raise MaskingError("the sum is larger than its devices can make it: shares of somebody's mask were wrong")
         partial = PartialSum(
             steps=result.total,
             weight=sum(omega * penalty for omega, penalty in saved.weights.values()),
             squares=0,  # nobody knows; see Rounds.close
             devices=result.contributors,
         )
-        wrong = [f"{holder} revealed a wrong share of {dealer}" for holder, dealer in result.wrong]
+        wrong = [f"the share of {dealer} that {holder} holds does not fit" for holder, dealer in result.wrong]
         return partial, saved.transfers, wrong
 
     def end(self) -> None:
         """The round is closed, and all that is known of its sum is forgotten."""
         self._server, self.state.revealing, self.attempt = None, None, 0
-        self._weights, self._prompts, self._expected = {}, {}, set()
+        self._weights, self._prompts, self._expected, self._transfers = {}, {}, set(), {}
 
     def status(self) -> dict[str, object]:
         """Where the exchange stands, for status.json."""

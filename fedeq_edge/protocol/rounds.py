@@ -15,6 +15,7 @@ import msgspec
 
 from fedeq_edge.consensus import quality
 from fedeq_edge.consensus.admm import Consensus
+from fedeq_edge.consensus.masked import MEMBERS_LEAST
 from fedeq_edge.consensus.privacy import Accountant, Draw, Release
 from fedeq_edge.consensus.records import RoundReport, Share
 from fedeq_edge.consensus.robust import Contributions
@@ -203,7 +204,7 @@ class Rounds:
     def _cohort(self, devices: list[str], number: int) -> tuple[str, ...]:
         privacy, schedule = self.federation.privacy, self.federation.schedule
         if privacy is None:
-            return schedule.cohort(devices, number)
+            return schedule.cohort(devices, number, MEMBERS_LEAST if self.federation.masking else 1)
         cohort, draw = privacy.draw(devices, schedule.fraction, key=self.key, round_number=number)
         # a rate below 1 counts on chance alone, so that nobody can guess who was asked
         self.state.draw = msgspec.structs.replace(draw, rate=1.0) if schedule.selects else draw

@@ -73,9 +73,12 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         # a device that cannot say how old its data is does not pass a limit on its age
         return self.data_age_s is None or (birth.data_age_s is not None and birth.data_age_s <= self.data_age_s)
 
-    def cohort(self, devices: Sequence[str], round_number: int) -> tuple[str, ...]:
-        """Whom to ask: a random `fraction` of the devices, the same for the same seed, round and fleet."""
-        size = min(max(1, round(self.fraction * len(devices))), len(devices))
+    def cohort(self, devices: Sequence[str], round_number: int, least: int = 1) -> tuple[str, ...]:
+        """Whom to ask: a random `fraction` of the devices, the same for the same seed, round and fleet.
+
+        least: how many at least, if there are so many.
+        """
+        size = min(max(least, round(self.fraction * len(devices))), len(devices))
         chosen = random.Random(f"{self.seed}/{round_number}").sample(sorted(devices), size)
         return tuple(sorted(chosen))
 

@@ -88,12 +88,14 @@ class MaskingTerms(msgspec.Struct, frozen=True, kw_only=True):
     """What a device must know to mask its contribution (masking/terms.py, `Terms`).
 
     session: of this masked sum. omega: the device's weight, by which it multiplies what its dual moves by. bound: no
-    entry of that product is larger. length: how many there are. threshold: as in the settings.
+    entry of that product is larger in the whole cohort. limit: no entry of what this device's own dual moves by is.
+    length: how many entries. threshold: as in the settings.
     """
 
     session: Digest
     omega: Positive
     bound: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    limit: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
     length: Positive
     threshold: Annotated[float, msgspec.Meta(gt=0.5, le=1.0)]
 

@@ -15,7 +15,7 @@ from fedeq_edge.consensus.fixed import FixedVector
 from fedeq_edge.consensus.masked import Masking
 from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.masking import Keys, encode
+from fedeq_edge.masking import Keys, MaskingDevice, Roster, Shares, encode
 from fedeq_edge.protocol.actions import Store
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.transport.memory import MemoryBroker
@@ -200,18 +200,91 @@ def test_who_is_denied_is_in_no_sum(stage: str) -> None:
     }
 
 
-def test_a_sum_that_holds_a_denied_device_is_not_used() -> None:
-    fleet = fleet_of()
+@pytest.mark.parametrize("order", ["deny", "retire"])
+def test_a_sum_whose_survivors_are_told_stands_and_the_next_is_without_who_left(order: str) -> None:
+    """Another sum of the same vectors without the device would tell its contribution."""
+    fleet = fleet_of(rounds=2)
     fleet.run(lambda: at("reveal")(fleet))
-    fleet._carry_out(fleet.aggregator.deny("d0", fleet.now))
-    assert "d0 was taken out" in fleet.lines[0]["failed"]
+    fleet.devices["d0"].crash()
+    fleet._carry_out(getattr(fleet.aggregator, order)("d0", fleet.now))
     fleet.run()
-    assert {name for line in fleet.lines if line["kind"] == "round" for name in line["contributed"]} == {
-        "d1",
-        "d2",
-        "d3",
-        "d4",
-    }
+    assert [line["contributed"] for line in fleet.lines if line["kind"] == "round"] == [
+        ["d0", "d1", "d2", "d3", "d4"],
+        ["d1", "d2", "d3", "d4"],
+    ]
+    assert "d0" not in fleet.aggregator.consensus.members
+    fleet.check_counted_once()
+
+
+def test_who_retires_without_being_in_the_sum_leaves_it_alone() -> None:
+    fleet = fleet_of(rounds=1)
+    fleet.run(lambda: at("masked")(fleet))
+    fleet.devices["d4"].crash()
+    fleet.run(lambda: at("reveal")(fleet))
+    fleet.retire("d4")
+    fleet.run()
+    assert fleet.lines[0]["contributed"] == ["d0", "d1", "d2", "d3"]
+
+
+def test_who_deals_nonsense_is_named_costs_one_round_and_is_in_no_other_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = MaskingDevice.share
+
+    def nonsense(device: MaskingDevice, roster: Roster) -> Shares:
+        shares = honest(device, roster)
+        if device._device != "d4":
+            return shares
+        return Shares(boxes=bytes(len(shares.boxes)), commitments=bytes(len(shares.commitments)))
+
+    monkeypatch.setattr(MaskingDevice, "share", nonsense)
+    fleet = fleet_of(rounds=3)
+    fleet.run()
+    rounds = [line for line in fleet.lines if line["kind"] == "round"]
+    assert "the shares of d4 do not fit" in rounds[0]["failed"]
+    assert [line["contributed"] for line in rounds] == [[], *2 * [["d0", "d1", "d2", "d3"]]]
+    assert fleet.aggregator.refusals["spoiled"] == 1
+    assert fleet.now < 60.0  # nobody waited for a deadline
+
+
+def test_a_few_who_come_back_early_are_not_the_round() -> None:
+    """Two thirds of the asked must have sent keys, or the deadline asks everybody again."""
+    fleet = fleet_of(Quadratics.drawn(9), rounds=1, schedule=Schedule(min_devices=9, deadline_s=60.0, final_s=60.0))
+    fleet.run(lambda: at("keys")(fleet))
+    for device in fleet.devices.values():
+        device.crash()
+    fleet.now += 11.0  # beyond step_s
+    for name in ("d0", "d1", "d2"):
+        fleet.devices[name].start()
+    fleet.settle()
+    assert at("keys")(fleet)
+    for name in ("d3", "d4", "d5", "d6", "d7", "d8"):
+        fleet.devices[name].start()
+    fleet.run()
+    assert len(fleet.lines[0]["contributed"]) >= 6
+
+
+def test_a_claim_of_many_samples_costs_who_makes_it_and_not_the_fleet() -> None:
+    heavy = Quadratics(FIVE.curvature, FIVE.centre, (*FIVE.samples[:4], 10**6))
+    method = msgspec.structs.replace(METHODS["quality-average"], rho=100.0)
+    fleet = fleet_of(heavy, rounds=1, method=method)
+    fleet.run()
+    assert fleet.lines[0]["contributed"] == ["d0", "d1", "d2", "d3"]
+    assert "samples_limit" in fleet.lines[0]["declined"]["d4"]
+
+
+def test_the_limit_is_that_of_each_device_and_not_of_the_heaviest() -> None:
+    centre = FIVE.centre.copy()
+    centre[0, 0] = 20.0  # of the lightest device
+    fleet = fleet_of(Quadratics(FIVE.curvature, centre, FIVE.samples), rounds=1)
+    fleet.run()
+    assert fleet.lines[0]["contributed"] == ["d1", "d2", "d3", "d4"]
+    assert "masking.limit" in fleet.lines[0]["declined"]["d0"]
+
+
+def test_a_small_fraction_still_asks_as_many_as_a_sum_needs() -> None:
+    schedule = Schedule(min_devices=5, fraction=0.2, deadline_s=60.0, final_s=60.0)
+    fleet = fleet_of(rounds=3, schedule=schedule)
+    fleet.run()
+    assert [(line["cohort"], line["extensions"]) for line in fleet.lines if line["kind"] == "round"] == [(3, 0)] * 3
 
 
 def test_a_contribution_in_the_open_is_refused() -> None:

@@ -73,7 +73,7 @@ EXAMPLES: list[messages.Message] = [
         kappa=0.1,
         deadline_s=60.0,
         codec="f32",
-        masking=messages.MaskingTerms(session=DIGEST, omega=60, bound=2**62, length=100, threshold=2 / 3),
+        masking=messages.MaskingTerms(session=DIGEST, omega=60, bound=2**62, limit=2**40, length=100, threshold=2 / 3),
     ),
     messages.MaskingStep(session=DIGEST, step="keys"),
     messages.Contribution(
