@@ -20,7 +20,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 def doctor(
     device: Annotated[str, typer.Argument(metavar="[ID]", help="A device of the fleet; else this machine.")] = "",
-    fleet: Annotated[Path, typer.Option("--fleet", help="Folder of the fleet.")] = Path("fleet"),
+    fleet: Annotated[Path | None, typer.Option("--fleet", help="Folder of the fleet [default: fleet].")] = None,
     config: Annotated[
         Path | None, typer.Option(help="agent.toml or aggregator.toml [default: the one that is here].")
     ] = None,
@@ -33,8 +33,11 @@ def doctor(
 
     Exit: 0 nothing fails, 1 something does.
     """
-    here = find(fleet, config)
-    checks = _of_device(Fleet.open(fleet), device) if device else look(here)
+    folder = fleet or Path("fleet")
+    if device or fleet is not None:
+        Fleet.open(folder)  # a folder that somebody names is one, or is refused
+    here = find(folder, config)
+    checks = _of_device(Fleet.open(folder), device) if device else look(here)
     if bundle is not None:
         names = pack(here, checks, bundle)
         typer.echo(

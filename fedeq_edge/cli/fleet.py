@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 import typer
@@ -72,8 +73,10 @@ def init(
 @app.command(epilog="Example: fedeq fleet gateway --host gateway.local --host 10.0.0.5")
 def gateway(host: Hosts = None, folder: Folder = _HERE) -> None:
     """Give the gateway a certificate for other names or addresses; CA and devices stay as they are."""
-    hosts = host or _own_names()
-    Fleet.open(folder)
+    fleet = Fleet.open(folder)
+    # Boards know it by the names in fleet.toml: a certificate without them would lock all of them out.
+    known = [urlsplit(url).hostname for url in (fleet.settings.service, fleet.settings.broker)]
+    hosts = list(dict.fromkeys([*(host or _own_names()), *filter(None, known)]))
     new_gateway(folder, hosts, passphrase=passphrase_of(folder))
     _say(
         f"{folder}/gateway has a new server.crt and server.key for {', '.join(hosts)}; start fedeq fleet serve again, "

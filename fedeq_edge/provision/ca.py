@@ -122,6 +122,8 @@ class Authority:
         try:
             certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
             key = _open_key(folder / "ca.key", passphrase)
+        except PermissionError as error:
+            raise StateError(f"{error.filename}: {error.strerror}; run it as the owner of {folder}") from error
         except OSError as error:
             raise StateError(f"{error.filename}: {error.strerror}; restore ca/ from your backup") from error
         except ValueError as error:

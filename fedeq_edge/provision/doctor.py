@@ -30,7 +30,7 @@ import psutil
 
 from fedeq_edge.errors import Exit, FedEqError, ProvisionError
 from fedeq_edge.provision.fleet import Fleet
-from fedeq_edge.storage.files import write_atomically
+from fedeq_edge.storage.files import write_atomically, writing
 from fedeq_edge.transport.mqtt import Endpoint, without_secrets
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -460,7 +460,7 @@ def pack(here: Here, checks: Sequence[Check], file: Path) -> list[str]:
             lines = ["--lines", str(_LOG_LINES), "--output", "short-iso", "--no-pager", "--quiet"]
             found[f"journal/{unit}.txt"] = _said(["journalctl", "--unit", unit, *lines])
     part = file.with_name(f".{file.name}.part")
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+    with writing(file), zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in sorted(found.items()):
             archive.writestr(name, without(text))
     write_atomically(file, part.read_bytes(), mode=0o600)

@@ -84,8 +84,9 @@ def waves(devices: Sequence[str], canary: int) -> list[list[str]]:
 
 
 def chosen(fleet: Fleet, file: Path, devices: Sequence[str]) -> list[str]:
-    """The devices that bundle or model are for, sorted: those named, or all of its board where none is.
+    """The devices that bundle or model are for: those named, or all of its board where none is.
 
+    Sorted, those that have never reported behind the others: a box that was not opened yet is nobody's canary.
     Raises ProvisionError where a named one is another board, ConfigError where nobody is left.
     """
     board = "" if file.suffix in MODELS else read_manifest(file).profile
@@ -97,7 +98,7 @@ def chosen(fleet: Fleet, file: Path, devices: Sequence[str]) -> list[str]:
             f"device {others[0]} is a {known[others[0]]} and the bundle is for {board}; build one for it: "
             f"fedeq bundle build --device {others[0]}",
         )
-    left = sorted(known.keys() - set(others))
+    left = sorted(known.keys() - set(others), key=lambda device: (fleet.heard(device) is None, device))
     if not left:
         raise ConfigError(
             f"fleet {fleet.settings.name} has no {board or 'device'}; fedeq fleet add ID --profile {board}"

@@ -62,7 +62,7 @@ def own_wheel(work: Path, wheelhouse: Path | None = None) -> Path:
         return _packed_again(work)
     # Where hatchling is installed (as for development), building needs no network.
     here = ("--no-build-isolation", "--python", sys.executable) if importlib.util.find_spec("hatchling") else ()
-    offline = () if wheelhouse is None else ("--no-index", "--find-links", str(wheelhouse))
+    offline = () if wheelhouse is None else ("--no-index", "--find-links", str(wheelhouse.resolve()))
     _uv("build", "--wheel", "--out-dir", str(work), *here, *offline, str(package.parent))
     return next(work.glob("fedeq_edge-*.whl"))
 

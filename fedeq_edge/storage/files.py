@@ -1,6 +1,7 @@
 """Files that are whole or not there: atomic replacement, checksums, and one owner of a folder at a time."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -41,7 +42,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StateError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "check its owner"
+        raise StateError(f"cannot write {path}: {error.strerror}; {remedy} or choose another folder") from error
 
 
 @contextlib.contextmanager

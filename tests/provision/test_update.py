@@ -583,6 +583,13 @@ def test_ctrl_c_takes_back_what_was_not_begun(plant: Plant, five: dict[str, Memb
     assert not [device for device in five if plant.fleet.action_for(device)]
 
 
+def test_a_board_that_has_never_reported_is_nobodys_canary(plant: Plant, five: dict[str, Member]) -> None:
+    for member in five.values():
+        member.turn()
+    plant.fleet.add("a-new", "x86-64")
+    assert chosen(plant.fleet, plant.bundle("1.1+b"), []) == [*sorted(five), "a-new"]
+
+
 def test_a_device_of_another_board_is_refused_before_anything_is_published(plant: Plant) -> None:
     plant.fleet.add("nano", "jetson-orin-nano")
     with pytest.raises(ProvisionError, match="nano is a jetson-orin-nano") as refused:

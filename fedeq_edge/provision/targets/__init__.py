@@ -3,6 +3,7 @@
 TARGET decides: ssh://user@host[:port], local:, a directory (the mounted root of a card), a file or a block device.
 """
 
+import re
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -39,13 +40,14 @@ def open_target(text: str, *, known_hosts: Path, accept: str = "") -> AnyTarget:
 
 def _address(text: str) -> Address:
     parts = urlsplit(text)
+    shown = re.sub(r"(?<=//).*:.*(?=@)", "[removed]", text)  # somebody's password, as it may be
     try:
         port = parts.port
     except ValueError as error:
-        raise ConfigError(f"target {text!r}: {error}; give ssh://user@host[:port]") from error
+        raise ConfigError(f"target {shown!r}: {error}; give ssh://user@host[:port]") from error
     if not parts.hostname or parts.password or parts.path.strip("/") or parts.query:
         raise ConfigError(
-            f"target {text!r} is no ssh address; give ssh://user@host[:port], no password and no path; "
+            f"target {shown!r} is no ssh address; give ssh://user@host[:port], no password and no path; "
             "passwords are not taken, ssh-copy-id puts your key on the board"
         )
     return Address(host=parts.hostname, user=parts.username or "", port=port)
