@@ -233,7 +233,8 @@ def server(board: Board, home: Path) -> Iterator[Server]:
         listening.close()
         for process in running:
             if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)  # what the shell started, too
+                with contextlib.suppress(ProcessLookupError):  # it has ended, and nobody has told us yet
+                    os.killpg(process.pid, signal.SIGKILL)  # what the shell started, too
                 await process.wait()
         rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in rest:
