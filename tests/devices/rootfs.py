@@ -13,7 +13,6 @@ from typing import Final, Literal
 Architecture = Literal["amd64", "arm64"]
 
 SUITE: Final = "bookworm"  # what Raspberry Pi OS was when python 3.11 became the boards' python
-MIRROR: Final = "http://deb.debian.org/debian"
 PACKAGES: Final = "python3,systemd,systemd-sysv,dbus,openssh-server,iproute2,procps,openssl,sudo"
 _BUILD_S: Final = 900  # 30 s native, 180 s emulated; a slow mirror may take its time
 _UNREAD: Final = "/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"
@@ -100,10 +99,10 @@ def _build(architecture: Architecture, archive: Path) -> None:
     options = [f"--dpkgopt=path-exclude={pattern}" for pattern in _UNREAD]
     command = ["mmdebstrap", "--variant=minbase", f"--architectures={architecture}", f"--include={PACKAGES}", *options]
     made = subprocess.run(
-        [*command, SUITE, str(archive), MIRROR], capture_output=True, text=True, timeout=_BUILD_S, check=False
+        [*command, SUITE, str(archive)], capture_output=True, text=True, timeout=_BUILD_S, check=False
     )
     if made.returncode != 0:
-        raise RootfsError(f"mmdebstrap from {MIRROR}: {made.stderr.strip().splitlines()[-1]}")
+        raise RootfsError(f"mmdebstrap of {SUITE}: {made.stderr.strip().splitlines()[-1]}")
 
 
 def emulate() -> None:
