@@ -208,7 +208,7 @@ class Aggregator:
         """Nothing is taken from this device any more, from now on.
 
         What it contributed since the last close is taken out of the consensus, and its dual out of the sums. Steps
-        that the consensus has made stand.
+        that the consensus has made stand, and so does a masked sum whose survivors have been told (course.py).
         """
         self.state.denied.add(device)
         self._take_back(device)
