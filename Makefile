@@ -33,8 +33,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Run a fleet of six emulated boards on this machine (DEMO_OPTIONS="--devices 3")
 	$(BIN)/fedeq demo $(DEMO_OPTIONS)
 
-test: $(INSTALLED) mosquitto ## Run all tests
-	$(BIN)/python -m pytest
+# A file's tests stay in one process, in the order of the folders: they share brokers and boards.
+test: $(INSTALLED) mosquitto ## Run all tests, a process per core
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-devices: $(INSTALLED) ## Boot boards here and flash them: root, and mmdebstrap systemd-container qemu-user-static binfmt-support iproute2 openssh-client
 	$(BIN)/python -m pytest -m devices tests/devices --durations=10
