@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 
-from fedeq_edge.storage import finite
+from fedeq_edge.finite import finite
 
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 

@@ -16,7 +16,7 @@ from fedeq_edge.errors import ConfigError
 from fedeq_edge.settings import AgentSettings
 
 app = typer.Typer(help="The agent on a device.", no_args_is_help=True, rich_markup_mode=None)
-EXAMPLE = "Example: fedeq agent run --config /etc/fedeq/agent.toml"
+EXAMPLE = "Example: fedeq agent run --config /etc/fedeq-edge/agent.toml"
 
 
 Config = Annotated[Path, typer.Option(help="Settings of this device.")]
@@ -38,7 +38,7 @@ def run(config: Config = Path("agent.toml")) -> None:
     os.execv(sys.executable, command)  # noqa: S606  # becoming the link frees what checking needed
 
 
-@app.command(epilog="Example: fedeq agent status --config /etc/fedeq/agent.toml --json")
+@app.command(epilog="Example: fedeq agent status --config /etc/fedeq-edge/agent.toml --json")
 def status(
     config: Config = Path("agent.toml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,

@@ -118,7 +118,9 @@ def _fleet(folder: Path | None) -> Fleet | None:
 
 def _board(fleet: Fleet | None, device: str | None, profile: str | None) -> tuple[str, bytes]:
     """Board and agent.toml: of a device of the fleet, or of a board by its name, which has none."""
-    if (device is None) == (profile is None):
+    if device is not None and profile is not None:
+        raise ConfigError(f"fleet.toml says what board device {device} is; leave out --profile {profile}")
+    if device is None and profile is None:
         raise ConfigError("say what the bundle is for: --device ID of a fleet, or --profile BOARD")
     if device is None:
         return str(profile), b""

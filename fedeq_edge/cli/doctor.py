@@ -10,9 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from fedeq_edge.errors import FedEqError
-from fedeq_edge.provision.doctor import Check, find, look, of_device, pack
+from fedeq_edge import settings
+from fedeq_edge.errors import ConfigError, FedEqError
+from fedeq_edge.provision.doctor import find, look, read_config
+from fedeq_edge.provision.doctor_host import of_device
+from fedeq_edge.provision.findings import Check
 from fedeq_edge.provision.fleet import Fleet
+from fedeq_edge.provision.support import pack
 
 EXAMPLE = "Example: fedeq doctor pi-01 --bundle support.zip"
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -37,7 +41,7 @@ def doctor(
     if device or fleet is not None:
         Fleet.open(folder)  # a folder that somebody names is one, or is refused
     here = find(folder, config)
-    checks = _of_device(Fleet.open(folder), device) if device else look(here)
+    checks = _of_device(Fleet.open(folder), device) if device else [*look(here), *_read(here.config)]
     if bundle is not None:
         names = pack(here, checks, bundle)
         typer.echo(
@@ -48,6 +52,25 @@ def doctor(
     _show(checks)
     if any(check.verdict == "fail" for check in checks):
         raise typer.Exit(1)
+
+
+def _read(path: Path | None) -> list[Check]:
+    """Whether agent or aggregator would take these settings; `look` has said it where they cannot even be read."""
+    try:
+        config = read_config(path) if path else None
+    except FedEqError:
+        return []
+    if path is None or config is None:
+        return []
+    try:
+        if config.device:
+            settings.load(path, settings.AgentSettings)
+        else:
+            settings.load(path, settings.AggregatorSettings)
+    except ConfigError as error:
+        reason, _, remedy = str(error).partition("; ")
+        return [Check(name="settings", saw=reason, verdict="fail", remedy=remedy or f"correct it in {path}")]
+    return [Check(name="settings", saw=f"{path}: {f'device {config.device}' if config.device else 'an aggregator'}")]
 
 
 def _of_device(fleet: Fleet, device: str) -> list[Check]:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,9 +62,10 @@ def flash(
     if data is not None and not data.is_file():
         raise ConfigError(f"data {data} does not exist; name the npz that this device shall train on")
     ours = Fleet.open(fleet)
-    chosen = bundle or _newest_bundle(ours, device)
+    ours.check_admitted(device)
+    choice = [bundle] if bundle else _bundles_of(ours, device)
     with _opened(target, ours, accept_host_key) as opened:
-        plan = prepare(opened, ours, device, chosen, data=data)
+        plan = _first_sound(choice, lambda chosen: prepare(opened, ours, device, chosen, data=data))
         _show(plan)
         if check:
             _print(_described(plan), as_json)
@@ -97,8 +98,10 @@ def logs(
 def rollback(device: DeviceId, fleet: Folder = _HERE, accept_host_key: Accept = "", as_json: AsJson = False) -> None:
     """Let a device run the release before the one it runs, and see it connected to its broker."""
     from fedeq_edge.provision.flash_board import check_heartbeat, roll_back  # noqa: PLC0415  # as above
+    from fedeq_edge.provision.update import check_free  # noqa: PLC0415  # tuf, as above
 
     ours = Fleet.open(fleet)
+    check_free(ours, device)
     if _is_reached(ours, device):
         with _reached(ours, device, accept_host_key) as machine:
             version = roll_back(machine)
@@ -113,8 +116,7 @@ def rollback(device: DeviceId, fleet: Folder = _HERE, accept_host_key: Accept = 
 def _asked_for_logs(fleet: Fleet, device: str, lines: int) -> None:
     from fedeq_edge.provision import update  # noqa: PLC0415  # tuf, only where there is no other way
 
-    _say(f"asking {device} by way of the service; it reports once a minute")
-    for line in update.logs(fleet, device, _REPORT_S)[-lines:]:
+    for line in update.logs(fleet, device, _REPORT_S, told=_say)[-lines:]:
         typer.echo(_printable(line))
 
 
@@ -122,27 +124,47 @@ def _asked_to_roll_back(fleet: Fleet, device: str) -> str:
     """The version that it runs then, in its own words."""
     from fedeq_edge.provision import update  # noqa: PLC0415  # as above
 
-    _say(f"asking {device} by way of the service; it reports once a minute")
-    return update.roll_back(fleet, device, _REPORT_S).removeprefix("runs ")
+    return update.roll_back(fleet, device, _REPORT_S, told=_say).removeprefix("runs ")
 
 
 def _printable(line: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\t" else "?" for letter in line)
 
 
-def _newest_bundle(fleet: Fleet, device: str) -> Path:
-    """The newest bundle in the fleet's folder that is for this device or its board."""
-    from fedeq_edge.provision.bundle import read_manifest  # noqa: PLC0415  # few commands need it
-
+def _bundles_of(fleet: Fleet, device: str) -> list[Path]:
+    """The fleet's bundles for the device's board, newest first. Raises ConfigError where there is none."""
     profile = fleet.device(device).profile
     built = sorted((fleet.folder / "bundles").glob("*.tar.gz"), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = next((path for path in built if read_manifest(path).profile == profile), None)
-    if found is None:
+    found = [path for path in built if _is_for(path, profile)]
+    if not found:
         raise ConfigError(
             f"{fleet.folder}/bundles has no bundle for {profile}; fedeq bundle build --device {device}, or name one "
             "with --bundle"
         )
     return found
+
+
+def _is_for(bundle: Path, profile: str) -> bool:
+    """Whether it says so; one that cannot even say that is named."""
+    from fedeq_edge.provision.bundle import read_manifest  # noqa: PLC0415  # few commands need it
+
+    try:
+        return read_manifest(bundle).profile == profile
+    except ProvisionError as error:
+        _say(f"left out: {error}")
+        return False
+
+
+def _first_sound(bundles: Sequence[Path], prepare: Callable[[Path], Plan]) -> Plan:
+    """The plan with the first bundle that is whole; those before it are named. Raises what the last one raises."""
+    for bundle in bundles[:-1]:
+        try:
+            return prepare(bundle)
+        except ProvisionError as error:
+            if error.exit is not Exit.VERIFICATION:
+                raise
+            _say(f"left out: {error}")
+    return prepare(bundles[-1])
 
 
 @contextmanager
@@ -178,10 +200,14 @@ def _confirm(target: AnyTarget, fleet: Fleet, plan: Plan, *, yes: bool) -> None:
     """The user wants it. Asked where it cannot be taken back, or where two boards would have one identity."""
     before = fleet.device(plan.device).target
     disk = isinstance(target, ImageTarget) and Path(target.name).is_block_device()
-    moved = before not in ("", target.name)
-    if yes or not (disk or moved):
+    doubts = [
+        *([f"write to {target.name}"] if disk else []),
+        *([f"make it {plan.device}, which was {before} before"] if before not in ("", target.name) else []),
+        *([f"take it from {plan.occupant}, for which it was prepared"] if plan.occupant else []),
+    ]
+    if yes or not doubts:
         return
-    why = f"write to {target.name}" if disk else f"make it {plan.device}, which was {before} before"
+    why = ", and ".join(doubts)
     if not sys.stdin.isatty():
         raise ProvisionError(Exit.MISUSED, f"{target.name}: add --yes to {why}; nobody is here to be asked")
     typer.confirm(f"{why[0].upper()}{why[1:]}?", abort=True, err=True)

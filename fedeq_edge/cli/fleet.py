@@ -20,7 +20,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.provision.fleet import Fleet, FleetSettings, Heard, new_gateway
+from fedeq_edge.provision.fleet import Fleet, FleetSettings, Heard
+from fedeq_edge.provision.founding import new_gateway
 
 app = typer.Typer(
     help="The fleet: its authority, its devices, their identities.", no_args_is_help=True, rich_markup_mode=None
@@ -79,8 +80,8 @@ def gateway(host: Hosts = None, folder: Folder = _HERE) -> None:
     hosts = list(dict.fromkeys([*(host or _own_names()), *filter(None, known)]))
     new_gateway(folder, hosts, passphrase=passphrase_of(folder))
     _say(
-        f"{folder}/gateway has a new server.crt and server.key for {', '.join(hosts)}; start fedeq fleet serve again, "
-        "give them to the broker, then: sudo systemctl reload mosquitto"
+        f"{folder}/gateway has a new server.crt and server.key for {', '.join(hosts)}; fedeq fleet serve shows them "
+        "from now on; give them to the broker, too, then: sudo systemctl reload mosquitto"
     )
 
 
@@ -90,7 +91,7 @@ def add(
     profile: Annotated[str, typer.Option(help="Its board, out of `fedeq device list`.")],
     folder: Folder = _HERE,
 ) -> None:
-    """Add a device; those that are there do not change."""
+    """Add a device, or let one in again that was revoked; those that are there do not change."""
     Fleet.open(folder).add(device, profile)
     _say(
         f"device {device} is in {folder}/fleet.toml. Next, one of:",
@@ -107,9 +108,9 @@ def list_devices(folder: Folder = _HERE, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps({device: msgspec.to_builtins(one) for device, one in known.items()}))
         return
-    table = Table(Column("id", no_wrap=True), "board", "added", "flashed at")
+    table = Table(Column("id", no_wrap=True), "board", "added", "flashed at", "revoked")
     for device, one in known.items():
-        table.add_row(device, one.profile, one.added, escape(one.target) or "-")
+        table.add_row(device, one.profile, one.added, escape(one.target) or "-", one.revoked or "-")
     Console(stderr=True).print(table)
 
 
@@ -118,13 +119,18 @@ def status(folder: Folder = _HERE, as_json: AsJson = False) -> None:
     """Show what each device reported last: the version it runs, whether it is confirmed and well, and when that was."""
     fleet = Fleet.open(folder)
     reports = {device: fleet.heard(device) for device in fleet.devices}
+    revoked = {device: known.revoked for device, known in fleet.devices.items() if known.revoked}
     if as_json:
-        typer.echo(json.dumps(msgspec.to_builtins(reports)))
+        said = msgspec.to_builtins(reports)
+        typer.echo(
+            json.dumps(said | {device: {**(said[device] or {}), "revoked": on} for device, on in revoked.items()})
+        )
         return
     table = Table(Column("id", no_wrap=True), "version", "confirmed", "healthy", "heard", "last error")
     now = time.time()
     for device, heard in reports.items():
-        table.add_row(device, *_row(heard, now))
+        *shown, error = _row(heard, now)
+        table.add_row(device, *shown, f"revoked on {revoked[device]}" if device in revoked else error)
     Console(stderr=True).print(table)
 
 
@@ -167,7 +173,7 @@ def serve(
 def revoke(device: DeviceId, folder: Folder = _HERE, as_json: AsJson = False) -> None:
     """Take back all certificates and tokens of a device; service and aggregator refuse it from now on.
 
-    To let it in again: `fedeq fleet token ID`, and `fedeq aggregator allow ID`.
+    To let it in again: `fedeq fleet add ID --profile BOARD`, and `fedeq aggregator allow ID`.
     """
     fleet = Fleet.open(folder)
     done = fleet.revoke(device, passphrase=passphrase_of(folder))

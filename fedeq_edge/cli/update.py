@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from fedeq_edge import updater
 from fedeq_edge.cli.fleet import passphrase_of
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.provision.fleet import Fleet
+from fedeq_edge.provision.reporting import Board
 
 UPDATE_EXAMPLE = "Example: fedeq update --all --bundle fleet/bundles/pi.tar.gz --canary 2 --max-failures 1"
 LOOP_EXAMPLE = "Example: fedeq device update-loop --every 60"
@@ -63,6 +65,7 @@ def update_loop(
     root: Annotated[Path, typer.Option(help="Of the system.")] = Path("/"),
 ) -> None:
     """Report to the fleet and do what it says: install, go back, send logs. Runs as root, by fedeq-updater.service."""
-    from fedeq_edge.provision.updater import Board, run  # noqa: PLC0415  # tuf and cryptography, only for this command
-
-    run(Board(root), every, once=once)
+    if once:
+        updater.once(Board(root))
+    else:
+        updater.run(Board(root), every)

@@ -61,6 +61,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """What the host answers: the action that is due, if any."""
+    """What the host answers: the action that is due, if any, and where its service is from now on ("": as before)."""
 
     action: Action | None
+    service: str = ""

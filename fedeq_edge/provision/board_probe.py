@@ -38,6 +38,7 @@ def running() -> dict[str, object]:
         "libc": libc or ("musl" if musl else ""),
         "glibc": version if libc == "glibc" else "",
         "python": ".".join(map(str, sys.version_info[:2])),
+        "pythons": pythons(Path("/")),
         "free_disk_bytes": free_bytes(Path("/")),
         "memory_bytes": int(memory.group(1)) * 1024 if memory else None,
         "clock": int(time.time()),
@@ -60,6 +61,7 @@ def tree(root: Path) -> dict[str, object]:
         "libc": "glibc" if libc else "musl",
         "glibc": glibc(libc) if libc else "",
         "python": python(root),
+        "pythons": pythons(root),
         "free_disk_bytes": free_bytes(root),
         "memory_bytes": None,
         "clock": None,
@@ -94,9 +96,9 @@ def field(content: str, name: str) -> str:
 
 
 def free_bytes(root: Path) -> int:
-    """Free on the file system that releases go to."""
-    wanted = root / "opt"
-    return shutil.disk_usage(str(wanted if wanted.is_dir() else root)).free
+    """Free on the file system that releases go to: /opt, or /opt/fedeq-edge, may be one of its own."""
+    places = (root / "opt/fedeq-edge", root / "opt", root)
+    return shutil.disk_usage(str(next(place for place in places if place.is_dir()))).free
 
 
 def folders(root: Path) -> list[Path]:
@@ -136,6 +138,13 @@ def python(root: Path) -> str:
     names = [*target, *("python3." + str(minor) for minor in newest)]
     matches = (re.match(r"python(3\.\d+)$", name) for name in names)
     return next((match.group(1) for match in matches if match), "")
+
+
+def pythons(root: Path) -> list[str]:
+    """Minor versions of the interpreters where a release looks for its own: others may be beside python3."""
+    names = (path.name for folder in ("usr/bin", "usr/local/bin") for path in inside(root / folder))
+    found = (re.match(r"python(3\.\d+)$", name) for name in names)
+    return sorted({match.group(1) for match in found if match})
 
 
 def systemd_running() -> int:

@@ -2,7 +2,7 @@
 
     manifest.json manifest.sig   what is inside, and the fleet's Ed25519 signature of that
     release.py                   the installer, standard library only
-    bin/fedeq                    starts `fedeq` with the board's own python and this tree
+    bin/fedeq, bin/fedeq-updater start these with the board's own python and this tree
     site/                        fedeq-edge and its packages as wheels unpack them
     units/ config/ models/       systemd units; agent.toml where built for a device; models given with --model
     requirements.txt             what uv resolved, with hashes
@@ -11,8 +11,10 @@ Same inputs, same bytes: nothing in it knows when, where or by whom it was made.
 """
 
 import hashlib
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,32 +24,34 @@ from fedeq_edge import kit
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError
 from fedeq_edge.provision import wheels
 from fedeq_edge.provision.archive import Cpu, Entry, Manifest, canonical, entry_of, pack, read_manifest, unpack, verify
+from fedeq_edge.provision.models import check_model
 from fedeq_edge.provision.platforms import Platform
 
 __all__ = ["BundleSpec", "Manifest", "build", "read_manifest", "unpack", "verify"]
 
 INSTALLER: Final = Path(__file__).with_name("release.py")
 LAUNCHER: Final = "bin/fedeq"
-_EXECUTABLE: Final = frozenset({LAUNCHER, "release.py"})
-_MODEL_SUFFIXES: Final = (".fedeq", ".onnx")
+# The updater is there all the time: it is started without the command line's libraries.
+_LAUNCHERS: Final = {LAUNCHER: "fedeq_edge.cli", "bin/fedeq-updater": "fedeq_edge.updater"}
+_EXECUTABLE: Final = frozenset({*_LAUNCHERS, "release.py"})
 
 # Environment, not `python -I`: the agent starts its trainer as `python -m fedeq_edge.trainer`, which must find the same
 # tree. Everything of PYTHON* that could name another one is set or gone, _ISOLATION does the rest. A release itself is
 # never written to: its byte code is in the bundle (wheels.precompile).
 _LAUNCHER: Final = """\
 #!/bin/sh
-# Starts fedeq with the packages of this release and the board's own python @PYTHON@.
+# Starts @WHAT@ with the packages of this release and the board's own python @PYTHON@.
 release=$(dirname "$(dirname "$(readlink -f "$0")")")
 unset PYTHONHOME PYTHONSTARTUP PYTHONPLATLIBDIR PYTHONPYCACHEPREFIX
 export PYTHONPATH="$release/site" PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1
 # onnxruntime >= 1.29 reports to its maker unless this is set before it is loaded.
 export ORT_DISABLE_TELEMETRY=1
 export PYTHONDONTWRITEBYTECODE=1
-start='import sys; sys.argv[0] = "fedeq"; from fedeq_edge.cli import main; main()'
+start='import sys; sys.argv[0] = "@WHAT@"; from @MODULE@ import main; sys.exit(main())'
 for python in /usr/bin/python@PYTHON@ /usr/local/bin/python@PYTHON@; do
     [ -x "$python" ] && exec "$python" -c "$start" "$@"
 done
-echo "fedeq: this release needs python @PYTHON@ in /usr/bin or /usr/local/bin; install it, or build the bundle" \\
+echo "@WHAT@: this release needs python @PYTHON@ in /usr/bin or /usr/local/bin; install it, or build the bundle" \\
     "with --python for the one that is here" >&2
 exit 6
 """
@@ -96,8 +100,7 @@ def build(spec: BundleSpec) -> Path:
 def _check_inputs(spec: BundleSpec) -> None:
     """Raises ConfigError before minutes are spent on what cannot work."""
     for model in spec.models:
-        if model.suffix not in _MODEL_SUFFIXES or not model.is_file():
-            raise ConfigError(f"model {model} is no .fedeq or .onnx file; `fedeq model export` writes one")
+        check_model(model)
     names = [model.name for model in spec.models]
     if len(set(names)) < len(names):
         raise ConfigError(f"models {', '.join(names)}: two have the same name; rename one")
@@ -109,7 +112,9 @@ def _furnish(tree: Path, spec: BundleSpec) -> None:
     """Everything beside the packages is in the tree."""
     for folder in ("bin", "units", "config", "models"):
         (tree / folder).mkdir()
-    (tree / LAUNCHER).write_text(_LAUNCHER.replace("@PYTHON@", spec.platform.python))
+    for path, module in _LAUNCHERS.items():
+        told = {"PYTHON": spec.platform.python, "MODULE": module, "WHAT": Path(path).name}
+        (tree / path).write_text(_filled(_LAUNCHER, told))
     (tree / "site/sitecustomize.py").write_text(_ISOLATION)
     shutil.copyfile(INSTALLER, tree / "release.py")
     for unit in kit.folder("devices").glob("*.service"):
@@ -118,6 +123,10 @@ def _furnish(tree: Path, spec: BundleSpec) -> None:
         shutil.copyfile(model, tree / "models" / model.name)
     if spec.config:
         (tree / "config/agent.toml").write_bytes(spec.config)
+
+
+def _filled(text: str, words: Mapping[str, str]) -> str:
+    return re.sub("@([A-Z]+)@", lambda mark: words[mark[1]], text)
 
 
 def _describe(tree: Path, platform: Platform) -> Manifest:

@@ -29,6 +29,7 @@ from cryptography.x509.oid import NameOID
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.provision import link
 from fedeq_edge.provision.ca import DEVICE_LIFETIME, common_name, issued_at, key_pem, new_key
+from fedeq_edge.provision.reporting import updater_toml
 from fedeq_edge.provision.tokens import Token, pin_of
 from fedeq_edge.storage.files import write_atomically, writing
 from fedeq_edge.wire.topics import check_identifier
@@ -76,11 +77,6 @@ def enrol(service_url: str, token: str, folder: Path, device: str) -> None:
     write_atomically(folder / "updater.toml", updater_toml(service_url))
     write_atomically(folder / "device.crt", _pem(certificate))
     keep_root(service_url, folder)
-
-
-def updater_toml(service_url: str) -> bytes:
-    """The settings of a board's updater."""
-    return msgspec.toml.encode({"service": service_url})
 
 
 def keep_root(service_url: str, folder: Path) -> None:

@@ -15,7 +15,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """A board as found; empty text and None: it does not tell, as a card that never ran.
 
     architecture: of `uname -m`. cpu_part: "CPU part" of /proc/cpuinfo, on ARM alone. cpu_name: "Cortex-A72". libc:
-    "glibc" or "musl"; glibc: "2.36". python: minor version of its python3, "3.11". free_disk_bytes: where releases go.
+    "glibc" or "musl"; glibc: "2.36". python: minor version of its python3, "3.11"; pythons: of all that it
+    has. free_disk_bytes: where releases go.
     clock: unix seconds. systemd: version of the one that runs (on a card: that is there). root: we may change the
     system. booted: it runs now, or the card has been started before.
     """
@@ -26,6 +27,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     libc: str
     glibc: str
     python: str
+    pythons: list[str] = []
     free_disk_bytes: int | None
     memory_bytes: int | None
     clock: int | None

@@ -32,6 +32,7 @@ def prepare(target: AnyTarget, fleet: Fleet, device: str, bundle: Path, *, data:
     data: npz of the device, where it has none yet. Raises ProvisionError where it would be refused, with the exit that
     `flash` would end with.
     """
+    fleet.check_admitted(device)
     known = fleet.device(device)
     manifest = verify(bundle, fleet.folder / "keys/bundle.pub")
     if manifest.profile != known.profile:
@@ -56,7 +57,8 @@ def prepare(target: AnyTarget, fleet: Fleet, device: str, bundle: Path, *, data:
         intended=[],
         data=data,
     )
-    return msgspec.structs.replace(plan, intended=_way(target, fleet, plan).intended())
+    way = _way(target, fleet, plan)
+    return msgspec.structs.replace(plan, intended=way.intended(), occupant=way.occupant)
 
 
 def _refuse(target: AnyTarget, facts: Facts, findings: Sequence[Finding]) -> None:
@@ -68,7 +70,7 @@ def _refuse(target: AnyTarget, facts: Facts, findings: Sequence[Finding]) -> Non
         )
     wrong = next((finding for finding in findings if finding.severity == "refuse"), None)
     if wrong is not None:
-        raise ProvisionError(wrong.code, f"{target.name}: {wrong.line()}")
+        raise ProvisionError(wrong.code, f"{target.name.removesuffix(':')}: {wrong.line()}")
 
 
 def flash(target: AnyTarget, fleet: Fleet, plan: Plan, *, sign: Sign, told: Told = lambda _: None) -> Flashed:

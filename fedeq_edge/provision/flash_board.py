@@ -10,8 +10,9 @@ import msgspec
 from fedeq_edge.errors import Exit, ProvisionError
 from fedeq_edge.provision.agentfile import agent_toml, agrees
 from fedeq_edge.provision.fleet import Fleet
-from fedeq_edge.provision.layout import AGENT
+from fedeq_edge.provision.layout import AGENT, UPDATER
 from fedeq_edge.provision.plan import Plan, Sign, Steps
+from fedeq_edge.provision.reporting import updater_toml
 from fedeq_edge.provision.targets.base import PYTHON, Machine, Ran, get, make_folder, put
 
 INSTALLER: Final = Path(__file__).with_name("release.py")
@@ -27,15 +28,19 @@ _LOG_LINES: Final = 6  # of the journal in an error
 class BoardWay:
     """The way of a machine that runs. What it has is asked once, when this is made."""
 
+    occupant = ""  # a board that is another device is refused (agentfile.py)
+
     def __init__(self, machine: Machine, fleet: Fleet, plan: Plan) -> None:
         self._machine = machine
         self._at = machine.layout
         self._fleet = fleet
         self._plan = plan
         self._state = release_state(machine)
-        self._enrolled = self._is_enrolled()
+        mine, ca = (get(machine, f"{self._at.identity}/{name}") for name in ("device.crt", "ca.crt"))
+        self._enrolled = is_identity(mine, ca, fleet, plan.device)
         self._settings = get(machine, f"{self._at.identity}/agent.toml")
         self._configured = self._settings is not None and agrees(self._settings, fleet.settings, plan.device)
+        self._reports = not self._enrolled or self._knows_service()
         self._has_data = not machine.run(["test", "-s", f"{self._at.state}/data.npz"]).code
 
     def intended(self) -> list[str]:
@@ -50,8 +55,9 @@ class BoardWay:
         release = [f"install {version} (now: {before or 'nothing'})"] if self._stale else []
         identity = [] if self._enrolled else ["make its key, sign its certificate"]
         settings = [] if self._configured else ["write agent.toml"]
+        service = [] if self._reports else [f"tell its updater of {self._fleet.settings.service}"]
         data = [f"put {self._plan.data.name}"] if self._plan.data else []
-        return [*release, *identity, *settings, *data, "see it connected to its broker"]
+        return [*release, *identity, *settings, *service, *data, "see it connected to its broker"]
 
     def go(self, steps: Steps, sign: Sign) -> bool:
         """The release runs and is connected; whether anything changed."""
@@ -62,6 +68,9 @@ class BoardWay:
         if not self._configured:
             with steps("settings", "agent.toml"):
                 self._put_settings()
+        if not self._reports:
+            with steps("service", self._fleet.settings.service):
+                self._put_service()
         if self._enrolled and self._stale:
             self._install(steps, start=True)
         elif not self._enrolled:
@@ -74,31 +83,20 @@ class BoardWay:
                 self._start()
         with steps("heartbeat", self._fleet.settings.broker):
             check_heartbeat(self._machine, self._plan.manifest.version)
-        return changed
+        return changed or not self._reports
 
     @property
     def _stale(self) -> bool:
         return self._state.get("current") != self._plan.manifest.version
 
-    def _is_enrolled(self) -> bool:
-        """The board has a certificate of this fleet's CA, for this device, neither ended nor revoked."""
-        from cryptography import x509  # noqa: PLC0415  # the extra `fleet`
+    def _knows_service(self) -> bool:
+        """Its updater asks where the fleet's service is now."""
+        known = get(self._machine, f"{self._at.identity}/updater.toml")
+        return known == updater_toml(self._fleet.settings.service)
 
-        from fedeq_edge.provision.ca import common_name, revoked, serial_of  # noqa: PLC0415
-
-        mine = get(self._machine, f"{self._at.identity}/device.crt")
-        if not mine or get(self._machine, f"{self._at.identity}/ca.crt") != self._authority_pem():
-            return False
-        try:
-            certificate = x509.load_pem_x509_certificate(mine)
-        except ValueError:
-            return False
-        ends_s = certificate.not_valid_after_utc.timestamp() - time.time()
-        known = serial_of(certificate) not in revoked(self._fleet.folder / "ca")
-        return common_name(certificate) == self._plan.device and ends_s > 0 and known
-
-    def _authority_pem(self) -> bytes:
-        return (self._fleet.folder / "ca/ca.crt").read_bytes()
+    def _put_service(self) -> None:
+        put(self._machine, updater_toml(self._fleet.settings.service), f"{self._at.identity}/updater.toml")
+        self._machine.run(["systemctl", "try-restart", UPDATER])
 
     def _put_data(self, path: Path) -> None:
         make_folder(self._machine, self._at.state, mode=0o700)
@@ -165,6 +163,23 @@ class BoardWay:
         self._machine.run(["rm", "-f", f"{at}.out", f"{at}.err"])
         if done.code:
             raise installer_error(self._machine.name, Ran(done.code, out or b"", err or done.err))
+
+
+def is_identity(mine: bytes | None, authority: bytes | None, fleet: Fleet, device: str) -> bool:
+    """Whether a board's device.crt and ca.crt (PEM) are of this fleet and device, neither ended nor revoked."""
+    from cryptography import x509  # noqa: PLC0415  # the extra `fleet`
+
+    from fedeq_edge.provision.ca import common_name, revoked, serial_of  # noqa: PLC0415
+
+    if not mine or authority != (fleet.folder / "ca/ca.crt").read_bytes():
+        return False
+    try:
+        certificate = x509.load_pem_x509_certificate(mine)
+    except ValueError:
+        return False
+    ends_s = certificate.not_valid_after_utc.timestamp() - time.time()
+    known = serial_of(certificate) not in revoked(fleet.folder / "ca")
+    return common_name(certificate) == device and ends_s > 0 and known
 
 
 def _trial() -> list[str]:

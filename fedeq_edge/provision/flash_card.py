@@ -11,9 +11,9 @@ import msgspec
 
 from fedeq_edge.errors import Exit, ProvisionError
 from fedeq_edge.provision import card
-from fedeq_edge.provision.agentfile import agent_toml
+from fedeq_edge.provision.agentfile import agent_toml, agrees
 from fedeq_edge.provision.enrol import Join
-from fedeq_edge.provision.flash_board import INSTALLER, installer_error
+from fedeq_edge.provision.flash_board import INSTALLER, installer_error, is_identity
 from fedeq_edge.provision.fleet import Fleet
 from fedeq_edge.provision.plan import Plan, Sign, Steps
 from fedeq_edge.provision.targets.base import Ran
@@ -40,6 +40,7 @@ class ImageWay:
         self._how = _mechanism(target.boot, target.root)
         self._box: Fat | Ext4 = self._root if self._how == "unit" or self._boot is None else self._boot
         self._folder = card.ROOT_FOLDER[1:] if self._how == "unit" else FOLDER
+        self.occupant = _other(self._box.read(f"{self._folder}/card.json"), plan.device)
         self._done = self._is_done()
 
     def intended(self) -> list[str]:
@@ -47,10 +48,11 @@ class ImageWay:
         needed = self._plan.bundle.stat().st_size + _SPARE_BYTES
         free = self._box.free_bytes()
         if not self._done and free < needed:
+            smaller = ", or a bundle without torch" if "torch" in self._plan.manifest.packages else ""
             raise ProvisionError(
                 Exit.NO_SPACE,
                 f"{self._target.name} has {free / 1e6:.0f} MB free for the {needed / 1e6:.0f} MB of the bundle; "
-                "use an image with a larger boot partition, or a bundle without torch",
+                f"use an image with a larger boot partition{smaller}",
             )
         if self._done:
             return ["nothing: the card is ready for its first boot"]
@@ -59,13 +61,16 @@ class ImageWay:
             "firstrun": "call it from firstrun.sh and cmdline.txt",
             "unit": "enable its unit in the root partition",
         }
-        return [f"put bundle, settings and a join token into {self._folder}/", how[self._how], "read all of it back"]
+        put = [f"put bundle, settings and a join token into {self._folder}/", how[self._how], "read all of it back"]
+        return [*_displacing(self.occupant), *put]
 
     def go(self, steps: Steps, sign: Sign) -> bool:  # noqa: ARG002  # the token stands for the signature
         """The card's first boot will do the rest; whether anything changed."""
         if self._done:
             return False
         with steps("write", f"{self._plan.bundle.stat().st_size / 1e6:.1f} MB into {self._folder}/"):
+            if self.occupant:
+                self._box.remove(f"{self._folder}/data.npz")  # another device's samples
             for name, content in _payload(self._fleet, self._plan).items():
                 self._box.write(f"{self._folder}/{name}", content, mode=0o600)
         with steps("arrange", self._how):
@@ -120,9 +125,14 @@ class RootfsWay:
         self._current = (self._at / "opt/fedeq-edge/current").is_symlink() and (
             (self._at / "opt/fedeq-edge/current").readlink().name == plan.manifest.version
         )
-        self._enrolled = (self._at / "etc/fedeq-edge/device.crt").exists()
-        join = self._folder / "join.toml"
-        token = join.read_bytes() if join.exists() else None
+        settings, mine, ca = (
+            _content(self._at / "etc/fedeq-edge" / name) for name in ("agent.toml", "device.crt", "ca.crt")
+        )
+        self._enrolled = is_identity(mine, ca, fleet, plan.device)
+        if settings is not None:
+            agrees(settings, fleet.settings, plan.device)
+        self.occupant = _other(_content(self._folder / "card.json"), plan.device)
+        token = _content(self._folder / "join.toml")
         self._joins = self._enrolled or _is_good(fleet, plan.device, token)
 
     @property
@@ -133,7 +143,7 @@ class RootfsWay:
         """What will be done."""
         release = [] if self._current else [f"install {self._plan.manifest.version}"]
         join = [] if self._joins else ["put settings and a join token", "enrol at the next boot"]
-        return [*release, *join] or ["nothing: it is ready for its next boot"]
+        return [*_displacing(self.occupant), *release, *join] or ["nothing: it is ready for its next boot"]
 
     def go(self, steps: Steps, sign: Sign) -> bool:  # noqa: ARG002  # the token stands for the signature
         """The release is current there, and its next boot enrols; whether anything changed."""
@@ -158,6 +168,8 @@ class RootfsWay:
 
     def _join(self) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.occupant:
+            (self._folder / "data.npz").unlink(missing_ok=True)  # another device's samples
         payload = _payload(self._fleet, self._plan)
         for name in ("agent.toml", "join.toml", "data.npz", "card.json"):
             if name in payload:
@@ -192,6 +204,23 @@ def _payload(fleet: Fleet, plan: Plan) -> dict[str, bytes]:
         "join.toml": card.join_text(service=settings.service, token=str(token)),
         "card.json": card.card_text(device=plan.device, sha256=plan.digest),
     }
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _other(said: bytes | None, device: str) -> str:
+    """Whom a card.json names, "" where that is this device or nobody."""
+    try:
+        prepared = msgspec.json.decode(said or b"{}", type=dict[str, str]).get("device", "")
+    except msgspec.DecodeError:
+        return ""
+    return "" if prepared == device else prepared
+
+
+def _displacing(occupant: str) -> list[str]:
+    return [f"take the place of what was prepared for device {occupant}"] if occupant else []
 
 
 def _is_good(fleet: Fleet, device: str, join: bytes | None) -> bool:

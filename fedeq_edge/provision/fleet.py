@@ -20,15 +20,16 @@ import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from fedeq_edge import orders
-from fedeq_edge.errors import ConfigError, StateError
+from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.provision import records
 from fedeq_edge.provision.actions import Action, ActionState, Kind, Report
+from fedeq_edge.provision.founding import found
 from fedeq_edge.provision.tokens import LIFETIME_S, Token, Tokens, pin_of
 from fedeq_edge.storage.files import reading, write_atomically, writing
 from fedeq_edge.wire.topics import check_identifier
@@ -60,11 +61,12 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[devices.<id>]: its board, the day it was added, and where it was flashed last ("" if never)."""
+    """[devices.<id>]: its board, the day it was added, where it was flashed last, when it was revoked ("": never)."""
 
     profile: str
     added: str
     target: str = ""
+    revoked: str = ""
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -126,7 +128,7 @@ class Fleet:
         fresh = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
         try:
             with writing(folder):
-                _found(fresh, settings, hosts, passphrase, clock)
+                found(fresh, settings, hosts, passphrase, clock)
                 fresh.rename(folder)  # fails where something came into it meanwhile
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -161,7 +163,7 @@ class Fleet:
         )
 
     def add(self, device: str, profile: str) -> None:
-        """The device belongs to the fleet; every other line of fleet.toml is as it was.
+        """The device belongs to the fleet, again if it was revoked; every other line of fleet.toml is as it was.
 
         Raises ConfigError on an id that cannot be one, one that is there already, and an unknown board.
         """
@@ -170,25 +172,36 @@ class Fleet:
         if device in _RESERVED:
             raise ConfigError(f"device {device!r}: the broker gives this name other rights; choose another id")
         with records.held(self.folder):
-            if device in self.devices:
+            known, fresh = self.devices.get(device), Device(profile=profile, added=self._today())
+            if known is None:
+                table = {"devices": {device: _shown(fresh)}}
+                self._write(f"{self._text().rstrip()}\n\n{msgspec.toml.encode(table).decode()}")
+            elif known.revoked:
+                self._change(device, fresh)
+            else:
                 raise ConfigError(f"device {device} is in {self.folder}/fleet.toml already; edit it there")
-            added = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC).date().isoformat()
-            table = {"devices": {device: Device(profile=profile, added=added)}}
-            self._write(f"{self._text().rstrip()}\n\n{msgspec.toml.encode(table).decode()}")
 
     def flashed(self, device: str, target: str) -> None:
         """`target` is where the device was flashed last; no other line of fleet.toml changes."""
         with records.held(self.folder):
-            wanted = msgspec.structs.replace(self.device(device), target=target)
-            whole = msgspec.structs.replace(self._read(), devices={**self.devices, device: wanted})
-            text = _with_table(self._text(), f"devices.{device}", wanted)
-            # a table that was written in another way than ours is not found; then the comments are lost, not the target
-            same = _decode(text, self.folder / "fleet.toml") == whole
-            self._write(text if same else msgspec.toml.encode(whole).decode())
+            self._change(device, msgspec.structs.replace(self.device(device), target=target))
+
+    def check_admitted(self, device: str) -> None:
+        """It is a device that was not revoked. Raises ConfigError where it is none, ProvisionError where it was."""
+        known = self.device(device)
+        if known.revoked:
+            raise ProvisionError(
+                Exit.MISUSED,
+                f"device {device} was revoked on {known.revoked}; to let it in again: "
+                f"fedeq fleet add {device} --profile {known.profile}",
+            )
 
     def issue_token(self, device: str, *, lifetime_s: float = LIFETIME_S) -> Token:
-        """A join token for a device of this fleet; earlier ones that it did not use are void."""
-        self.device(device)
+        """A join token for a device of this fleet; earlier ones that it did not use are void.
+
+        Raises ProvisionError where the device was revoked.
+        """
+        self.check_admitted(device)
         path = self.folder / "ca" / "ca.crt"
         with reading(path):
             authority = ssl.PEM_cert_to_DER_cert(path.read_text())
@@ -197,13 +210,15 @@ class Fleet:
     def revoke(self, device: str, *, passphrase: str | None = None) -> Revoked:
         """Certificates and tokens of the device are void: at the service from now on, at the broker by its new list.
 
-        The aggregator, where [fleet] names its state folder, takes nothing from it any more.
+        Nothing gives it a new one before it is added again. The aggregator, where [fleet] names its state folder, takes
+        nothing from it any more.
         """
         from fedeq_edge.provision.ca import Authority  # noqa: PLC0415  # cryptography: this command needs it, few do
 
         self.device(device)
         authority = Authority.open(self.folder / "ca", passphrase, self._clock)
         with self.admitting():
+            self._mark_revoked(device)
             tokens = self.tokens.void(device)
             certificates = authority.revoke(device)
         write_atomically(self.folder / "gateway" / "crl.pem", authority.crl())
@@ -277,6 +292,22 @@ class Fleet:
             return False, str(error)
         return True, ""
 
+    def _today(self) -> str:
+        return datetime.datetime.fromtimestamp(self._clock(), datetime.UTC).date().isoformat()
+
+    def _mark_revoked(self, device: str) -> None:
+        with records.held(self.folder):
+            known = self.device(device)
+            self._change(device, msgspec.structs.replace(known, revoked=known.revoked or self._today()))
+
+    def _change(self, device: str, wanted: Device) -> None:
+        """The device's table says this; the caller holds the folder."""
+        whole = msgspec.structs.replace(self._read(), devices={**self.devices, device: wanted})
+        text = _with_table(self._text(), f"devices.{device}", wanted)
+        # a table that was written in another way than ours is not found; then the comments are lost, not what it says
+        same = _decode(text, self.folder / "fleet.toml") == whole
+        self._write(text if same else msgspec.toml.encode(whole).decode())
+
     def _text(self) -> str:
         return (self.folder / "fleet.toml").read_text()
 
@@ -297,50 +328,6 @@ class Fleet:
         path = self.folder / "fleet.toml"
         _decode(text, path)
         write_atomically(path, text.encode(), mode=0o600)
-
-
-def new_gateway(folder: Path, hosts: Sequence[str], *, passphrase: str | None = None, clock: Clock = time.time) -> None:
-    """`gateway/` has a certificate for these names; CA and devices stay as they are. folder: of the fleet."""
-    from fedeq_edge.provision.ca import Authority  # noqa: PLC0415  # cryptography: this command needs it, few do
-
-    authority = Authority.open(folder / "ca", passphrase, clock)
-    certificate, key = authority.server_certificate(hosts)
-    gateway = folder / "gateway"
-    write_atomically(gateway / "server.key", key, mode=0o600)
-    write_atomically(gateway / "server.crt", certificate)
-
-
-def _found(folder: Path, settings: FleetSettings, hosts: Sequence[str], passphrase: str | None, clock: Clock) -> None:
-    from fedeq_edge.provision.ca import Authority  # noqa: PLC0415  # cryptography: this command needs it, few do
-    from fedeq_edge.provision.repository import Repository  # noqa: PLC0415  # tuf, likewise
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700)
-    for name in ("ca", "gateway", "keys", "bundles", "actions", "reports"):
-        (folder / name).mkdir(mode=0o700)
-    authority = Authority.create(folder / "ca", settings.name, passphrase, clock)
-    new_gateway(folder, hosts, passphrase=passphrase, clock=clock)
-    certificate, key = authority.aggregator_certificate()
-    write_atomically(folder / "gateway" / "aggregator.key", key, mode=0o600)
-    write_atomically(folder / "gateway" / "aggregator.crt", certificate)
-    write_atomically(folder / "gateway" / "ca.crt", authority.pem)
-    write_atomically(folder / "gateway" / "crl.pem", authority.crl())
-    _make_bundle_key(folder / "keys")
-    Repository.create(folder / "tuf", passphrase, clock)
-    text = msgspec.toml.encode({"fleet": settings})
-    write_atomically(folder / "fleet.toml", text, mode=0o600)
-
-
-def _make_bundle_key(folder: Path) -> None:
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415  # only this command needs it
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415  # as above
-
-    key = Ed25519PrivateKey.generate()
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-    write_atomically(folder / "bundle.key", private, mode=0o600)
-    write_atomically(folder / "bundle.pub", public)
 
 
 def _check_empty(folder: Path) -> None:
@@ -367,8 +354,13 @@ def _with_table(text: str, name: str, value: msgspec.Struct) -> str:
     end = next((number for number in range(begin, len(lines)) if lines[number].startswith("[")), len(lines))
     keys = {field.encode_name for field in msgspec.structs.fields(value)}
     kept = [line for line in lines[begin:end] if line.split("=")[0].strip() not in keys]
-    lines[begin:end] = [*msgspec.toml.encode(value).decode().splitlines(), *kept]
+    lines[begin:end] = [*msgspec.toml.encode(_shown(value)).decode().splitlines(), *kept]
     return "\n".join(lines) + "\n"
+
+
+def _shown(value: msgspec.Struct) -> dict[str, Any]:
+    """Its keys for fleet.toml: what is not known yet is not there."""
+    return {key: item for key, item in msgspec.structs.asdict(value).items() if item != ""}
 
 
 def _further(given: GivenAction, told: ActionState) -> ActionState:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 AGENT = "fedeq-agent.service"
+UPDATER = "fedeq-updater.service"
 
 
 @dataclass(frozen=True, slots=True)

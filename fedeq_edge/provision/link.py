@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import http.client
+import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,12 @@ def _asked(
             yield link.getresponse()
     except ssl.SSLError as error:
         raise _untrusted(service_url, error) from error
+    except socket.gaierror as error:
+        raise ProvisionError(
+            Exit.LOST,
+            f"{service_url}: no address is known for {address.hostname} ({error.strerror}); check the name and this "
+            "machine's DNS (.local names need avahi-daemon and libnss-mdns), or give the gateway's address instead",
+        ) from error
     except (OSError, http.client.HTTPException) as error:
         raise ProvisionError(
             Exit.LOST, f"{service_url} cannot be reached ({error}); is fedeq fleet serve running, and the network up?"

@@ -42,7 +42,10 @@ class Flashed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a flash will do. digest: sha256 of the bundle. intended: what will be done, in the order of doing."""
+    """What a flash will do. digest: sha256 of the bundle. intended: what will be done, in the order of doing.
+
+    occupant: another device that the target was prepared for, "" where there is none.
+    """
 
     device: str
     target: str
@@ -53,6 +56,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str]
     intended: list[str]
     data: Path | None
+    occupant: str = ""
 
 
 class Steps:
@@ -78,7 +82,9 @@ class Steps:
 
 
 class Way(Protocol):
-    """How one kind of target is flashed."""
+    """How one kind of target is flashed. occupant: another device that it was prepared for, "" where there is none."""
+
+    occupant: str
 
     def intended(self) -> list[str]:
         """What will be done."""

@@ -140,7 +140,7 @@ def _system(facts: Facts, manifest: Manifest) -> list[Finding]:
         found.append(("its libc is musl", "use Debian, Ubuntu or Raspberry Pi OS: the wheels need glibc"))
     elif facts.glibc and version_of(facts.glibc) < version_of(manifest.glibc):
         found.append((f"its glibc is {facts.glibc}, the wheels need {manifest.glibc}", "use Debian 11 or later"))
-    if facts.python != manifest.python:
+    if manifest.python not in (facts.python, *facts.pythons):
         found.append((f"its python is {facts.python or 'absent'}, the bundle is for {manifest.python}", _python(facts)))
     if facts.systemd < _SYSTEMD:
         has = f"its systemd is {facts.systemd}" if facts.systemd else "no systemd runs there"
@@ -153,10 +153,14 @@ def _system(facts: Facts, manifest: Manifest) -> list[Finding]:
 
 
 def _python(facts: Facts) -> str:
-    if facts.python in PYTHONS:
-        return f"build the bundle with --python {facts.python}"
+    usable = [python for python in (facts.python, *reversed(facts.pythons)) if python in PYTHONS]
+    if usable:
+        return f"build the bundle with --python {usable[0]}"
     known = f"{', '.join(PYTHONS[:-1])} or {PYTHONS[-1]}"
-    return f"use a system whose python3 is {known} (Debian 12 and 13, Ubuntu 24.04)"
+    return (
+        f"use a system whose python3 is {known} (Debian 12 and 13, Ubuntu 24.04), or put one beside it: "
+        f"apt-get install python3.11 (Ubuntu 22.04, as of JetPack 6), and build with --python 3.11"
+    )
 
 
 def _table(part: str, manifest: Manifest) -> list[Finding]:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from fedeq_edge.atomic import reading, write_atomically, writing
 from fedeq_edge.errors import StateError
-from fedeq_edge.storage.files import reading, write_atomically, writing
 
 T = TypeVar("T")
 

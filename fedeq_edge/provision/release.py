@@ -1,5 +1,8 @@
 """The installer on a board: standard library only, python >= 3.9, one file that is sent alone.
 
+It is one file, and long, because a board replaces it by one rename: parts would be two files to replace, and a power
+cut between them a board without an installer.
+
     release.py [--root R] install BUNDLE --sha256 HEX [--key FILE] [--trial-s N] [--no-start]
     release.py [--root R] start | confirm | rollback | status | sweep | boot | ready
 
@@ -333,11 +336,15 @@ def _write_checked(path: Path, content: IO[bytes], entry: Entry) -> None:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a bundle must fit; "" where it cannot be told. architecture: of the programs, not of the kernel."""
+    """What a bundle must fit; "" where it cannot be told. architecture: of the programs, not of the kernel.
+
+    python: of /usr/bin/python3; pythons: of all that are where a release's launcher looks for its own.
+    """
 
     architecture: str = ""
     python: str = ""
     glibc: str = ""
+    pythons: frozenset[str] = frozenset()
 
 
 _ELF = {0x3E: "x86_64", 0xB7: "aarch64", 0x28: "arm (32 bit)", 0x03: "x86 (32 bit)"}
@@ -358,6 +365,11 @@ def machine_of(root: Path) -> Machine:
         architecture=_ELF.get(int.from_bytes(head[18:20], "little"), "") if head.startswith(b"\x7fELF") else "",
         python=named[1] if named else "",
         glibc=_glibc(root),
+        pythons=frozenset(
+            path.name[len("python") :]
+            for folder in ("usr/bin", "usr/local/bin")
+            for path in (root / folder).glob("python3.*[0-9]")
+        ),
     )
 
 
@@ -375,7 +387,7 @@ def check_fits(manifest: Manifest, machine: Machine) -> None:
     if machine.architecture not in ("", manifest.architecture):
         remedy = "install a 64-bit OS" if "32" in machine.architecture else "build one for this board's profile"
         _misfit(f"is for {manifest.architecture} and this system is {machine.architecture}; {remedy}")
-    if machine.python not in ("", manifest.python):
+    if machine.python not in ("", manifest.python) and manifest.python not in machine.pythons:
         _misfit(f"is for python {manifest.python} and /usr/bin/python3 is {machine.python}; build it with --python")
     if machine.glibc and _numbers(machine.glibc) < _numbers(manifest.glibc):
         _misfit(f"needs glibc {manifest.glibc} and this system has {machine.glibc}; install a newer OS")

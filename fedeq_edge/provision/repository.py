@@ -48,6 +48,8 @@ from tuf.api.serialization import DeserializationError
 
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.provision import archive, records
+from fedeq_edge.provision.models import SUFFIXES
+from fedeq_edge.provision.reporting import updater_toml
 from fedeq_edge.storage.files import sync, write_atomically, writing
 
 if TYPE_CHECKING:
@@ -69,7 +71,6 @@ _LIFETIME_S: Final = {
 }
 _OFFLINE: Final = ("root", "targets")
 ISSUED: Final = "x-fedeq-issued"  # of timestamp and root: when it was signed, unix seconds
-MODELS: Final = (".fedeq", ".onnx")
 _MODEL_NAME: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 
 
@@ -159,8 +160,6 @@ def freshen(folder: Path, clock: Clock = time.time) -> None:
 
 def board_files(fleet: "Fleet") -> dict[str, bytes]:
     """What a board needs in /etc/fedeq-edge, its identity apart, so that its updater can work."""
-    from fedeq_edge.provision.enrol import updater_toml  # noqa: PLC0415  # enrol is the board's, this is the host's
-
     root = fleet.folder / "tuf" / "metadata" / "1.root.json"
     try:
         return {"root.json": root.read_bytes(), "updater.toml": updater_toml(fleet.settings.service)}
@@ -171,7 +170,7 @@ def board_files(fleet: "Fleet") -> dict[str, bytes]:
 def _described(file: Path, fleet_key: Path, serial: int) -> Published:
     with _opened(file):
         sha256, size = _digest(file), file.stat().st_size
-    if file.suffix in MODELS:
+    if file.suffix in SUFFIXES:
         if not _MODEL_NAME.fullmatch(file.name):
             raise ConfigError(f"model {file.name!r} has an odd name; rename it to letters, digits, '.', '_' and '-'")
         meant = Meant(kind="model", version=f"{file.stem}-{sha256[:12]}", serial=serial)

@@ -135,7 +135,7 @@ class Desk:
             report = msgspec.json.decode(request.body, type=Report)
         except (msgspec.DecodeError, RecursionError) as error:  # the latter: brackets by the thousand
             raise _Refusal(400, Exit.MISUSED, f"the report of device {device} cannot be read: {error}") from error
-        reply = Reply(action=self._fleet.take_report(device, report))
+        reply = Reply(action=self._fleet.take_report(device, report), service=self._fleet.settings.service)
         return _Answer(kind="application/json", content=msgspec.json.encode(reply))
 
     def _shown(self, request: _Request) -> x509.Certificate:
@@ -162,7 +162,10 @@ class Desk:
         freshen(self._fleet.folder / "tuf", self._clock)
 
     def _check_member(self, device: str) -> None:
-        if device not in self._fleet.devices:
+        known = self._fleet.devices.get(device)
+        if known is not None and known.revoked:
+            raise _Refusal(403, Exit.VERIFICATION, f"device {device} was revoked; fedeq fleet add lets it in again")
+        if known is None:
             raise _Refusal(
                 403, Exit.VERIFICATION, f"{device!r} is no device of this fleet; fedeq fleet add makes it one"
             )
@@ -211,6 +214,8 @@ class Service(http.server.ThreadingHTTPServer):
 
     def __init__(self, desk: Desk, gateway: Path, address: tuple[str, int]) -> None:
         self.desk = desk
+        self._gateway = gateway
+        self._shown = _stamp(gateway)
         self._context = _context(gateway)
         self._places = threading.BoundedSemaphore(_CONNECTIONS)
         self._asking: dict[socket.socket, float] = {}  # who has not said all of its request, and since when
@@ -258,12 +263,26 @@ class Service(http.server.ThreadingHTTPServer):
         self._asking.pop(link, None)
 
     def service_actions(self) -> None:
-        """Connections that dribble are cut, twice a second."""
+        """Twice a second: connections that dribble are cut, and a renewed certificate is shown to the next one."""
+        self._renew_context()
         latest = time.monotonic() - _REQUEST_S
         for link, since in list(self._asking.items()):
             if since < latest:
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(link, socket.SHUT_RDWR)  # the thread that reads from it wakes up
+
+    def _renew_context(self) -> None:
+        """server.crt is written after its key (fleet.py): when it is another one, both are new."""
+        found = _stamp(self._gateway)
+        if found == self._shown:
+            return
+        self._shown = found
+        try:
+            self._context = _context(self._gateway)
+        except ConfigError as error:
+            logger.warning("the certificate from before is still shown", extra={"reason": str(error)})
+        else:
+            logger.info("a new certificate is shown", extra={"path": str(self._gateway / "server.crt")})
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  # the base class calls it
         """A connection broke, or somebody without a certificate of ours came: a line. Anything else is our fault."""
@@ -351,6 +370,15 @@ def _shake_hands(link: ssl.SSLSocket) -> None:
             while socket.socket.recv(link, _BLOCK_BYTES):
                 pass
         raise
+
+
+def _stamp(gateway: Path) -> tuple[int, int] | None:
+    """What tells one server.crt from another, None while there is none."""
+    try:
+        found = (gateway / "server.crt").stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
 
 
 def _context(gateway: Path) -> ssl.SSLContext:

@@ -18,13 +18,15 @@ import msgspec
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.provision.actions import Action, ActionState, Kind, Progress
 from fedeq_edge.provision.archive import read_manifest
-from fedeq_edge.provision.fleet import Fleet
-from fedeq_edge.provision.repository import MODELS, Published, Repository
+from fedeq_edge.provision.fleet import Fleet, Heard
+from fedeq_edge.provision.models import SUFFIXES, check_model
+from fedeq_edge.provision.repository import Published, Repository
 from fedeq_edge.storage.files import locked
 
 _LOOK_S: Final = 0.5  # between two looks at what devices have said
 Clock = Callable[[], float]
 Wait = Callable[[float], None]
+Told = Callable[[str], None]
 # silent: no end of it was heard in time. replaced: somebody told the device something else. untold: never told.
 State = Progress | Literal["silent", "replaced", "untold"]
 _FAILED: Final = ("failed", "rolled_back", "expired", "silent", "replaced")
@@ -74,6 +76,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 900.0
 
 
+def _silent(_line: str) -> None:
+    """Tells nobody."""
+
+
 def waves(devices: Sequence[str], canary: int) -> list[list[str]]:
     """The devices in their order, `canary` of them first, then twice as many each time."""
     found, begin, size = [], 0, canary
@@ -87,10 +93,14 @@ def chosen(fleet: Fleet, file: Path, devices: Sequence[str]) -> list[str]:
     """The devices that bundle or model are for: those named, or all of its board where none is.
 
     Sorted, those that have never reported behind the others: a box that was not opened yet is nobody's canary.
-    Raises ProvisionError where a named one is another board, ConfigError where nobody is left.
+    Those that were revoked are left out. Raises ProvisionError where a named one was, or is another board, ConfigError
+    where nobody is left.
     """
-    board = "" if file.suffix in MODELS else read_manifest(file).profile
-    known = {device: fleet.device(device).profile for device in devices or fleet.devices}
+    for device in devices:
+        fleet.check_admitted(device)
+    board = "" if file.suffix in SUFFIXES else read_manifest(file).profile
+    members = [device for device, one in fleet.devices.items() if not one.revoked]
+    known = {device: fleet.device(device).profile for device in devices or members}
     others = sorted(device for device, profile in known.items() if board not in ("", profile))
     if devices and others:
         raise ProvisionError(
@@ -107,7 +117,12 @@ def chosen(fleet: Fleet, file: Path, devices: Sequence[str]) -> list[str]:
 
 
 def publish(fleet: Fleet, file: Path, passphrase: str | None = None, clock: Clock = time.time) -> Published:
-    """Devices may fetch the bundle or model, once they are told to; what another is still told to fetch stays."""
+    """Devices may fetch the bundle or model, once they are told to; what another is still told to fetch stays.
+
+    Raises ConfigError where it is a model that cannot be loaded here, ProvisionError on a bundle that is damaged.
+    """
+    if file.suffix in SUFFIXES:
+        check_model(file)
     waiting = [fleet.action_for(device) for device in fleet.devices]
     keep = {action.target for action in waiting if action is not None}
     repository = Repository(fleet.folder / "tuf", passphrase, clock)
@@ -193,7 +208,7 @@ def roll_out(
     devices: Sequence[str],
     plan: Plan,
     *,
-    told: Callable[[str], None] = lambda _: None,
+    told: Told = _silent,
     wait: Wait = time.sleep,
     clock: Clock = time.monotonic,
 ) -> Rollout:
@@ -212,17 +227,57 @@ def roll_out(
     return Rollout(version=published.meant.version, devices={**untold, **way.outcomes}, interrupted=interrupted)
 
 
-def logs(fleet: Fleet, device: str, timeout_s: float, wait: Wait = time.sleep) -> list[str]:
-    """The last lines of the device's agent, asked for by way of the service. Raises ProvisionError where none came."""
-    return _asked(fleet, device, "logs", timeout_s, wait).detail.splitlines()
+def logs(fleet: Fleet, device: str, timeout_s: float, told: Told = _silent, wait: Wait = time.sleep) -> list[str]:
+    """The last lines of the device's agent, asked for by way of the service. Raises ProvisionError where none came.
+
+    At once (LOST, BUSY) where it has never reported, or is being updated.
+    """
+    return _asked(fleet, device, "logs", timeout_s, told, wait).detail.splitlines()
 
 
-def roll_back(fleet: Fleet, device: str, timeout_s: float, wait: Wait = time.sleep) -> str:
-    """What the device says after it went back to the release before. Raises ProvisionError where it did not."""
-    return _asked(fleet, device, "rollback", timeout_s, wait).detail
+def roll_back(fleet: Fleet, device: str, timeout_s: float, told: Told = _silent, wait: Wait = time.sleep) -> str:
+    """What the device says after it went back to the release before. Raises ProvisionError where it did not.
+
+    At once (LOST, BUSY, FAILED) where it has never reported, is being updated, or has no earlier release.
+    """
+    said = check_heard(fleet, device).report
+    if not said.previous:
+        raise ProvisionError(
+            Exit.FAILED,
+            f"device {device} runs {said.version or 'nothing'} and has no earlier release to go back to; publish an "
+            "older bundle: fedeq update",
+        )
+    return _asked(fleet, device, "rollback", timeout_s, told, wait).detail
 
 
-def _asked(fleet: Fleet, device: str, kind: Kind, timeout_s: float, wait: Wait) -> ActionState:
+def check_heard(fleet: Fleet, device: str) -> Heard:
+    """What a member of the fleet reported last. Raises ProvisionError where it would be waited for in vain."""
+    fleet.check_admitted(device)
+    heard = fleet.heard(device)
+    if heard is None:
+        raise ProvisionError(
+            Exit.LOST,
+            f"device {device} was never heard from, and there is nobody to ask; has it been flashed and started? "
+            f"fedeq doctor {device} tells what is known of it",
+        )
+    return heard
+
+
+def check_free(fleet: Fleet, device: str) -> None:
+    """No update of it is under way, whose place another order would take. Raises ProvisionError (BUSY)."""
+    pending = fleet.action_for(device)
+    if pending is not None and pending.kind == "update":
+        raise ProvisionError(
+            Exit.BUSY,
+            f"device {device} is being updated to {pending.version}; wait for the end of fedeq update, or end that "
+            "with Ctrl-C, and ask again",
+        )
+
+
+def _asked(fleet: Fleet, device: str, kind: Kind, timeout_s: float, told: Told, wait: Wait) -> ActionState:
+    check_heard(fleet, device)
+    check_free(fleet, device)
+    told(f"asking {device} by way of the service; it reports once a minute")
     action = fleet.give_action(device, kind, "", timeout_s)
     try:
         for _ in itertools.takewhile(lambda looks: looks * _LOOK_S < timeout_s, itertools.count()):

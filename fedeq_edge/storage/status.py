@@ -1,7 +1,6 @@
 """What people and programs read of a federation: its history, one JSON line a round and a report, and its status."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,14 +53,3 @@ def write_status(folder: Path, status: Mapping[str, object]) -> None:
     with writing(path):
         neighbour.write_bytes(_JSON.encode(status))  # no fsync: a lost status is only an old one
         neighbour.replace(path)
-
-
-def finite(value: object) -> object:
-    """`value` for JSON: NaN and infinity, which JSON does not know, are null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value

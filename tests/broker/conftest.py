@@ -27,7 +27,7 @@ def shipped() -> dict[str, str]:
 
 
 class Authority:
-    """A certificate authority in a folder: `ca.crt`, `ca.crl`, and NAME.crt with NAME.key for each it has signed."""
+    """A certificate authority in a folder: `ca.crt`, `crl.pem`, and NAME.crt with NAME.key for each it has signed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,7 +42,7 @@ class Authority:
         )
         self._make("ca")
         self.list_revoked()
-        self._sign("broker", "-addext", "subjectAltName=IP:127.0.0.1")
+        self._sign("server", "-addext", "subjectAltName=IP:127.0.0.1")
         for name in PEOPLE:
             self._sign(name)
         self._make("stranger")
@@ -53,8 +53,8 @@ class Authority:
         self.list_revoked()
 
     def list_revoked(self) -> None:
-        """`ca.crl` is up to date."""
-        self._openssl("ca", "-config", "ca.cnf", "-gencrl", "-out", "ca.crl")
+        """`crl.pem` is up to date."""
+        self._openssl("ca", "-config", "ca.cnf", "-gencrl", "-out", "crl.pem")
 
     def _sign(self, name: str, *more: str) -> None:
         self._make(name, "-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "basicConstraints=critical,CA:FALSE", *more)
@@ -93,8 +93,8 @@ class Mosquitto:
         self.log = folder / "log"
         changed = {
             "listener 8883": f"listener {self.port} 127.0.0.1",
-            "/etc/fedeq/acl": f"{folder}/acl",
-            "/etc/fedeq/": f"{authority.folder}/",
+            "/etc/mosquitto/fedeq-edge/acl": f"{folder}/acl",
+            "/etc/mosquitto/fedeq-edge/": f"{authority.folder}/",
             "fleet-ca.crt": "ca.crt",  # one authority for both brokers
             "/var/lib/mosquitto/": f"{folder}/",
         }

@@ -89,7 +89,7 @@ def test_without_a_fleet_verify_asks_for_the_key(
     ("arguments", "words"),
     [
         ((), "--device ID of a fleet, or --profile BOARD"),
-        (("--device", "a", "--profile", "b"), "--device ID of a fleet, or --profile BOARD"),
+        (("--device", "a", "--profile", "b"), "fleet.toml says what board device a is; leave out --profile b"),
         (("--device", "pi-01"), "make one with `fedeq fleet init`"),
         (("--profile", "raspberry-pi-44"), "did you mean 'raspberry-pi-4'"),
         (("--profile", "raspberry-pi-4", "--python", "2.7"), "bundles are built for 3.11"),

@@ -124,6 +124,24 @@ def test_status_shows_what_was_reported_and_who_never_did(fleet: Fleet, fedeq: "
     assert found["pi-02"] is None
 
 
+def test_a_revoked_device_is_told_from_the_others_until_it_is_added_again(fleet: Fleet, fedeq: "Fedeq") -> None:
+    fedeq("fleet", "revoke", "pi-01")
+    on = fleet.device("pi-01").revoked
+    assert on in fedeq("fleet", "list").err
+    assert f"revoked on {on}" in fedeq("fleet", "status").err
+    assert json.loads(fedeq("fleet", "status", "--json").out) == {"pi-01": {"revoked": on}, "pi-02": None}
+    listed = json.loads(fedeq("fleet", "list", "--json").out)
+    assert [known["revoked"] for known in listed.values()] == [on, ""]
+    told = fedeq("fleet", "token", "pi-01")
+    assert (told.status, told.out) == (Exit.MISUSED, "")
+    assert "fedeq fleet add pi-01 --profile raspberry-pi-4" in told.err
+    before = (fleet.folder / "fleet.toml").read_text()
+    assert fedeq("fleet", "add", "pi-01", "--profile", "raspberry-pi-4").status == 0
+    after = (fleet.folder / "fleet.toml").read_text()
+    assert [line for line in before.splitlines() if not line.startswith("revoked")] == after.splitlines()
+    assert fedeq("fleet", "token", "pi-01").status == 0
+
+
 def test_the_list_has_every_device(fleet: Fleet, fedeq: "Fedeq") -> None:
     fleet.flashed("pi-02", "ssh://pi@10.0.0.5")
     assert "ssh://pi@10.0.0.5" in fedeq("fleet", "list").err

@@ -8,6 +8,7 @@ import pytest
 
 from fedeq_edge.errors import Exit
 from fedeq_edge.provision.fleet import Fleet
+from tests.provision.small_models import personal
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Fedeq
@@ -21,13 +22,13 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fedeq: "Fedeq") -> Fl
     assert fedeq("fleet", "init", "plant", "--host", "127.0.0.1").status == 0
     for device in ("pi-01", "pi-02"):
         assert fedeq("fleet", "add", device, "--profile", "raspberry-pi-4").status == 0
-    Path("personal.onnx").write_bytes(b"graph")
+    personal(Path("personal.fedeq"))
     return Fleet.open(tmp_path / "fleet")
 
 
 @pytest.mark.parametrize("who", [(), ("--all", "--device", "pi-01")])
 def test_an_update_is_for_all_or_for_those_named(fleet: Fleet, fedeq: "Fedeq", who: tuple[str, ...]) -> None:
-    told = fedeq("update", "--bundle", "personal.onnx", *who)
+    told = fedeq("update", "--bundle", "personal.fedeq", *who)
     assert (told.status, told.err.count("\n")) == (2, 1)
     assert "--all, or --device" in told.err
 
@@ -41,8 +42,19 @@ def test_what_is_no_bundle_is_refused_in_one_line(fleet: Fleet, fedeq: "Fedeq") 
         assert name in told.err
 
 
+@pytest.mark.parametrize("name", ["junk.onnx", "junk.fedeq"])
+def test_a_model_that_cannot_be_loaded_is_refused_in_one_line_and_nobody_is_told(
+    name: str, fleet: Fleet, fedeq: "Fedeq"
+) -> None:
+    Path(name).write_bytes(b"junk")
+    told = fedeq("update", "--all", "--bundle", name)
+    assert (told.status, told.err.count("\n")) == (2, 1)
+    assert f"model {name} cannot be loaded" in told.err
+    assert fleet.given_action("pi-01") is None
+
+
 def test_boards_that_are_off_end_an_update_with_their_names(fleet: Fleet, fedeq: "Fedeq") -> None:
-    told = fedeq("update", "--all", "--bundle", "personal.onnx", "--timeout", "1", "--json")
+    told = fedeq("update", "--all", "--bundle", "personal.fedeq", "--timeout", "1", "--json")
     said = json.loads(told.out)
     assert told.status == said["exit"] == Exit.ACTION_EXPIRED
     assert {device: outcome["state"] for device, outcome in said["devices"].items()} == {
@@ -69,3 +81,16 @@ def test_the_doctor_prints_what_programs_read_and_fails_where_something_does(fle
     assert fedeq("doctor", "pi-01", "--json").status == 0
     told = fedeq("doctor", "pi-1")
     assert (told.status, "did you mean pi-01" in told.err) == (2, True)
+
+
+def test_the_doctor_takes_no_settings_that_the_program_would_refuse(place: Path, fedeq: "Fedeq") -> None:
+    for name in ("agent.toml", "aggregator.toml"):
+        checks = {check["name"]: check for check in json.loads(fedeq("doctor", "--config", name, "--json").out)}
+        assert checks["settings"]["verdict"] == "ok"
+        path = place / name
+        path.write_text(f"cohort_siz = 3\n{path.read_text()}")
+        told = fedeq("doctor", "--config", name, "--json")
+        checks = {check["name"]: check for check in json.loads(told.out)}
+        assert (told.status, checks["settings"]["verdict"]) == (1, "fail")
+        assert "cohort_siz" in checks["settings"]["saw"]
+        assert checks["settings"]["remedy"]

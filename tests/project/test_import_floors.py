@@ -12,11 +12,11 @@ import fedeq_edge
 
 PACKAGE = Path(fedeq_edge.__file__).parent
 FLOORS = {
-    0: ("__init__", "errors", "kit", "structs"),
+    0: ("__init__", "atomic", "errors", "finite", "kit", "structs"),
     1: ("deq", "consensus", "masking", "wire", "data"),
     2: ("training", "hardware", "protocol"),
     3: ("transport", "onnx", "storage", "modelfile", "orders", "provision", "health"),
-    4: ("settings", "logs", "agent", "trainer", "gateway", "audit", "chaos", "report", "demo"),
+    4: ("settings", "logs", "agent", "trainer", "updater", "gateway", "audit", "chaos", "report", "demo"),
     5: ("cli", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -22,6 +22,7 @@ from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.provision import wheels
 from fedeq_edge.provision.bundle import BundleSpec, build, read_manifest, unpack
 from fedeq_edge.provision.platforms import Platform, platform_of
+from tests.provision.small_models import personal
 
 pytest.importorskip("uv", reason="uv is not installed (extra fleet)")
 
@@ -163,17 +164,16 @@ def unpack_here(bundle: Path, folder: Path) -> list[str]:
 def test_installer_units_launcher_models_and_settings_are_in_their_places(
     tmp_path: Path, pi4: Build, keys: tuple[Path, Path]
 ) -> None:
-    model = tmp_path / "personal.onnx"
-    model.write_bytes(b"graph")
+    model = personal(tmp_path / "personal.fedeq")
     bundle = pi4(models=(model,), config=b"device = 'pi-01'\n")
 
     manifest = unpack(bundle, keys[1], tmp_path / "tree")
 
     assert {"release.py", "bin/fedeq", "units/fedeq-agent.service", "requirements.txt"} <= set(manifest.files)
-    assert (tmp_path / "tree/models/personal.onnx").read_bytes() == b"graph"
+    assert (tmp_path / "tree/models/personal.fedeq").read_bytes() == model.read_bytes()
     assert (tmp_path / "tree/config/agent.toml").read_bytes() == b"device = 'pi-01'\n"
     executable = [name for name in manifest.files if (tmp_path / "tree" / name).stat().st_mode & stat.S_IXUSR]
-    assert executable == ["bin/fedeq", "release.py"]
+    assert executable == ["bin/fedeq", "bin/fedeq-updater", "release.py"]
     assert "site/fedeq_edge/_kit/devices/raspberry-pi-4/profile.toml" in manifest.files
 
 
@@ -218,7 +218,7 @@ def test_a_link_in_a_tree_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"models": (Path("absent.onnx"),)}, "absent.onnx is no .fedeq or .onnx"),
+        ({"models": (Path("absent.onnx"),)}, "absent.onnx does not exist"),
         ({"models": (Path(__file__),)}, "test_bundle.py is no .fedeq or .onnx"),
         ({"wheelhouse": Path("absent")}, "wheelhouse absent is no folder"),
     ],
@@ -230,11 +230,16 @@ def test_what_cannot_be_used_is_said_before_anything_is_fetched(
         pi4(**changes)
 
 
+def test_a_model_that_cannot_be_loaded_is_refused_before_anything_is_fetched(tmp_path: Path, pi4: Build) -> None:
+    junk = tmp_path / "junk.onnx"
+    junk.write_bytes(b"graph")
+
+    with pytest.raises(ConfigError, match=r"junk\.onnx cannot be loaded"):
+        pi4(models=(junk,))
+
+
 def test_models_of_the_same_name_are_refused(tmp_path: Path, pi4: Build) -> None:
-    models = tuple(tmp_path / folder / "m.onnx" for folder in "ab")
-    for model in models:
-        model.parent.mkdir()
-        model.touch()
+    models = tuple(personal(tmp_path / folder / "m.fedeq") for folder in "ab")
 
     with pytest.raises(ConfigError, match="two have the same name"):
         pi4(models=models)

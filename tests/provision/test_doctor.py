@@ -6,6 +6,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -13,8 +14,13 @@ import pytest
 from cryptography import x509
 
 from fedeq_edge.provision.actions import ActionState, Report
-from fedeq_edge.provision.doctor import Check, Here, find, look, of_device, pack, without
+from fedeq_edge.provision.doctor import Here, find, look
+from fedeq_edge.provision.doctor_host import of_device
+from fedeq_edge.provision.findings import Check
 from fedeq_edge.provision.fleet import Fleet
+from fedeq_edge.provision.founding import new_gateway
+from fedeq_edge.provision.redact import without
+from fedeq_edge.provision.support import pack
 from tests.conftest import RealMosquitto
 from tests.provision.update_fleet import DAY_S, NOW, Member, Plant
 
@@ -108,6 +114,39 @@ def test_certificates_that_end_soon_or_have_ended_are_named_with_their_date(boar
         assert f"{ends:%Y-%m-%d}" in check.saw
 
 
+def test_a_gateway_whose_certificate_does_not_name_where_boards_ask_is_named(folder: Path) -> None:
+    assert verdicts(look(Here(fleet=folder), clock), "gateway's names") == {"fail"}  # its broker is mqtts://g
+    new_gateway(folder, ["127.0.0.1", "G"], clock=clock)
+    assert verdicts(look(Here(fleet=folder), clock), "gateway's names") == {"ok"}
+    text = (folder / "fleet.toml").read_text()
+    (folder / "fleet.toml").write_text(text.replace('"mqtts://g"', '"mqtts://broker.local:8883"'))
+    check = one(look(Here(fleet=folder), clock), "gateway's names")
+    assert check.verdict == "fail"
+    assert check.saw.endswith("names 127.0.0.1, G, and not broker.local")
+    assert check.remedy == "fedeq fleet gateway --host broker.local --host 127.0.0.1 --host G"
+
+
+def test_the_gateways_certificate_is_missed_half_a_year_before_its_end(folder: Path) -> None:
+    server = folder / "gateway/server.crt"
+    ends = x509.load_pem_x509_certificate(server.read_bytes()).not_valid_after_utc.timestamp()
+    for days_left, verdict in ((200, "ok"), (100, "warn"), (-1, "fail")):
+        now = ends - days_left * DAY_S
+        checks = look(Here(fleet=folder), lambda now=now: now)  # type: ignore[misc]
+        (check,) = [check for check in checks if str(server) in check.saw and check.name == "certificate"]
+        assert check.verdict == verdict
+
+
+def test_a_name_that_nobody_knows_is_told_from_a_gateway_that_is_off(folder: Path) -> None:
+    text = (folder / "fleet.toml").read_text().replace("mqtts://g", "mqtts://gateway.invalid:8883")
+    (folder / "fleet.toml").write_text(re.sub(r'service = "[^"]*"', 'service = "https://gateway.invalid:1"', text))
+    checks = look(Here(fleet=folder), clock)
+    for name in ("service", "broker"):
+        check = one(checks, name)
+        assert check.verdict == "fail"
+        assert "no address is known" in check.saw
+        assert "avahi-daemon" in check.remedy
+
+
 def test_a_clock_in_1970_fails(tmp_path: Path) -> None:
     check = one(look(find(tmp_path / "fleet", None, tmp_path), lambda: 0.0), "clock")
     assert (check.verdict, check.remedy) == ("fail", "sudo timedatectl set-ntp true")
@@ -170,7 +209,10 @@ def test_a_device_is_known_by_its_certificates_its_report_and_its_action(folder:
     assert one(checks, f"{OWN}: last error").saw == "?[31mSIGILL"
     assert one(checks, "last action").saw == "update 1.1+b: rolled_back (no)"
     fleet.revoke(OWN)
-    assert one(of_device(fleet, OWN, clock), "identity").verdict == "fail"
+    check = one(of_device(fleet, OWN, clock), "identity")
+    assert (check.verdict, check.saw) == ("warn", f"revoked on {datetime.fromtimestamp(NOW, UTC):%Y-%m-%d}")
+    assert check.remedy.endswith(f"fedeq fleet add {OWN} --profile x86-64")
+    assert verdicts(look(Here(fleet=folder), clock), OWN) == {"ok"}
 
 
 SECRET_TEXTS = {

@@ -49,10 +49,8 @@ def broker(_mosquitto_installed: None, fleet: Fleet, tmp_path: Path) -> Iterator
     gateway = fleet.folder / "gateway"
     changed = {
         "listener 8883": f"listener {ladder.free_port()} 127.0.0.1",
-        "/etc/fedeq/acl": f"{tmp_path}/acl",
-        "/etc/fedeq/ca.crt": f"{gateway}/ca.crt",
-        "/etc/fedeq/broker": f"{gateway}/server",
-        "/etc/fedeq/ca.crl": f"{gateway}/crl.pem",
+        "/etc/mosquitto/fedeq-edge/acl": f"{tmp_path}/acl",
+        "/etc/mosquitto/fedeq-edge/": f"{gateway}/",
         "/var/lib/mosquitto/": f"{tmp_path}/",
     }
     text = (kit / "mosquitto.conf").read_text()

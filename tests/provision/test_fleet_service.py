@@ -23,7 +23,8 @@ from fedeq_edge.provision import enrol as board
 from fedeq_edge.provision import service as service_module
 from fedeq_edge.provision.actions import ActionState, Report
 from fedeq_edge.provision.ca import DEVICE_LIFETIME, Authority, common_name, issued_at
-from fedeq_edge.provision.fleet import Fleet, FleetSettings, new_gateway
+from fedeq_edge.provision.fleet import Fleet, FleetSettings
+from fedeq_edge.provision.founding import new_gateway
 from fedeq_edge.provision.service import ENROL, RENEW, REPORT, Desk, Service
 from fedeq_edge.provision.tokens import Token
 from tests.conftest import until
@@ -262,6 +263,8 @@ def test_revoking_voids_the_token_of_the_device_and_of_no_other(fleet: Fleet, ur
 
 def test_a_board_that_enrols_while_it_is_revoked_is_refused_or_revoked(fleet: Fleet, url: str, tmp_path: Path) -> None:
     for turn in range(5):
+        if turn:
+            fleet.add(OWN, "raspberry-pi-4")
         token, etc = str(fleet.issue_token(OWN)), tmp_path / str(turn)
         revoking = threading.Thread(target=fleet.revoke, args=(OWN,))
         revoking.start()
@@ -271,10 +274,51 @@ def test_a_board_that_enrols_while_it_is_revoked_is_refused_or_revoked(fleet: Fl
         assert not (etc / "device.crt").exists() or report(url, etc)[0] == 403
 
 
-def test_a_revoked_device_may_be_taken_in_again_with_a_new_token(fleet: Fleet, enrolled: Path, url: str) -> None:
+def test_a_revoked_device_gets_a_token_once_it_is_added_again(fleet: Fleet, enrolled: Path, url: str) -> None:
     fleet.revoke(OWN)
+    with pytest.raises(ProvisionError, match=f"was revoked on .*fedeq fleet add {OWN} --profile raspberry-pi-4"):
+        fleet.issue_token(OWN)
+    fleet.add(OWN, "raspberry-pi-4")
     board.enrol(url, str(fleet.issue_token(OWN)), enrolled, OWN)
     assert report(url, enrolled)[0] == 200
+
+
+def shown(service: Service, ca: Path) -> int:
+    """Serial of the certificate that the service shows now."""
+    context = ssl.create_default_context(cafile=ca)
+    with (
+        socket.create_connection(("127.0.0.1", service.port), 30) as link,
+        context.wrap_socket(link, server_hostname="127.0.0.1") as tls,
+    ):
+        return x509.load_der_x509_certificate(tls.getpeercert(binary_form=True) or b"").serial_number
+
+
+def test_a_new_certificate_of_the_gateway_is_shown_without_a_restart(
+    fleet: Fleet, service: Service, host_time: Time
+) -> None:
+    ca, before = fleet.folder / "ca/ca.crt", shown(service, fleet.folder / "ca/ca.crt")
+    new_gateway(fleet.folder, ["127.0.0.1", "gateway.local"], clock=host_time)
+    until(lambda: shown(service, ca) != before, "the new certificate is shown")
+    new = x509.load_pem_x509_certificate((fleet.folder / "gateway/server.crt").read_bytes())
+    assert shown(service, ca) == new.serial_number
+
+
+def test_a_new_certificate_that_cannot_be_used_leaves_the_one_before_it(fleet: Fleet, service: Service) -> None:
+    ca, before = fleet.folder / "ca/ca.crt", shown(service, fleet.folder / "ca/ca.crt")
+    asked: list[Path] = []
+    load = service_module._context
+
+    def told(gateway: Path) -> ssl.SSLContext:
+        asked.append(gateway)
+        return load(gateway)
+
+    service_module._context = told
+    try:
+        (fleet.folder / "gateway/server.crt").write_text("half a certif")
+        until(lambda: bool(asked), "the service looks at it")
+    finally:
+        service_module._context = load
+    assert shown(service, ca) == before
 
 
 def test_a_damaged_list_of_revocations_lets_nobody_in(fleet: Fleet, enrolled: Path, url: str) -> None:
@@ -397,12 +441,12 @@ def test_certificates_are_valid_for_a_board_whose_clock_stands_in_1970(fleet: Fl
 
 def test_a_report_is_kept_and_answered_with_what_is_due(fleet: Fleet, enrolled: Path, url: str) -> None:
     action = fleet.give_action(OWN, "update", "1.1+bb", 600)
-    assert report(url, enrolled) == (200, {"action": msgspec.to_builtins(action)})
+    assert report(url, enrolled) == (200, {"action": msgspec.to_builtins(action), "service": SETTINGS.service})
     heard = fleet.heard(OWN)
     assert heard is not None
     assert (heard.report, heard.at) == (REPORTED, NOW)
     done = msgspec.structs.replace(REPORTED, action=ActionState(id=action.id, state="done"))
-    assert report(url, enrolled, done) == (200, {"action": None})
+    assert report(url, enrolled, done) == (200, {"action": None, "service": SETTINGS.service})
 
 
 @pytest.mark.parametrize(

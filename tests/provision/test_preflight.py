@@ -118,6 +118,8 @@ def test_the_other_64_bit_architecture_is_told_which_bundle_to_build() -> None:
         ({"python": "3.13"}, Exit.WRONG_PLATFORM, "build the bundle with --python 3.13"),
         ({"python": "3.9"}, Exit.WRONG_PLATFORM, "python3 is 3.11, 3.12 or 3.13"),
         ({"python": ""}, Exit.WRONG_PLATFORM, "python is absent"),
+        ({"python": "3.10"}, Exit.WRONG_PLATFORM, "apt-get install python3.11 (Ubuntu 22.04"),
+        ({"python": "3.10", "pythons": ["3.10", "3.12"]}, Exit.WRONG_PLATFORM, "build the bundle with --python 3.12"),
         ({"glibc": "2.24"}, Exit.WRONG_PLATFORM, "the wheels need 2.28"),
         ({"libc": "musl", "glibc": ""}, Exit.WRONG_PLATFORM, "musl"),
         ({"systemd": 0}, Exit.WRONG_PLATFORM, "no systemd runs there"),
@@ -135,6 +137,10 @@ def test_each_thing_that_is_wrong_has_its_exit_code_and_its_remedy(
 
     assert found.code is code
     assert words in found.line()
+
+
+def test_a_python_beside_the_boards_own_is_as_good() -> None:
+    assert findings(python="3.10", pythons=["3.10", "3.11"]) == []
 
 
 def test_a_newer_glibc_and_a_clock_an_hour_off_are_no_fault() -> None:

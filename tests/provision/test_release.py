@@ -497,6 +497,14 @@ def test_a_32_bit_system_is_known_by_its_programs_whatever_its_kernel(running: F
     assert (status, "install a 64-bit OS" in line) == (errors.Exit.WRONG_PLATFORM, True)
 
 
+def test_a_bundle_for_a_python_that_stands_beside_the_systems_own_is_taken(running: FakeBoard, tmp_path: Path) -> None:
+    make_system(running.root, 0x3E)
+    (running.root / "usr/local/bin").mkdir(parents=True)
+    (running.root / "usr/local/bin/python3.12").touch()
+    status, told, _ = running.install(bundle(tmp_path, "v2", python="3.12"))
+    assert (status, told["current"]) == (0, "v2")
+
+
 def make_system(root: Path, machine: int) -> None:
     """A python 3.11 of that ELF machine and a glibc 2.36, as far as anybody looks."""
     binaries, libraries = root / "usr/bin", root / "lib/x86_64-linux-gnu"

@@ -1,15 +1,20 @@
-"""The systemd units of devices/: systemd's own checkers accept them, and they are hardened."""
+"""The systemd units of devices/ and broker/: systemd's own checkers accept them, and they are hardened."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from fedeq_edge import updater
+from fedeq_edge.cli import app
 from fedeq_edge.kit import folder
 from fedeq_edge.provision import release
 
 AGENT, UPDATER = folder("devices") / release.AGENT, folder("devices") / release.UPDATER
+AGGREGATOR, SERVICE = folder("broker") / "fedeq-aggregator.service", folder("broker") / "fedeq-fleet@.service"
+UNITS = (AGENT, UPDATER, AGGREGATOR, SERVICE)
 
 
 def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -18,17 +23,19 @@ def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, check=False, timeout=60)
 
 
-@pytest.mark.parametrize("unit", [AGENT, UPDATER], ids=lambda path: path.stem)
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_a_unit_is_what_systemd_understands(unit: Path, tmp_path: Path) -> None:
     copy = tmp_path / unit.name
-    copy.write_text(unit.read_text().replace("/opt/fedeq-edge/current/bin/fedeq", "/bin/true"))  # it must exist
+    copy.write_text(re.sub(r"/opt/fedeq-edge/\S+/fedeq\S*", "/bin/true", unit.read_text()))  # it must exist
     ended = analyze("verify", copy)
     assert (ended.returncode, ended.stderr) == (0, "")  # an unknown key is told, and not an error
 
 
-@pytest.mark.parametrize("unit", [AGENT, UPDATER], ids=lambda path: path.stem)
-def test_a_unit_is_exposed_by_2_of_10_at_most(unit: Path) -> None:
-    ended = analyze("security", "--offline=true", "--threshold=20", unit)
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_a_unit_is_exposed_by_2_of_10_at_most(unit: Path, tmp_path: Path) -> None:
+    instance = tmp_path / unit.name.replace("@", "@somebody")  # of a template, what is judged is an instance
+    instance.write_text(unit.read_text())
+    ended = analyze("security", "--offline=true", "--threshold=20", instance)
     assert ended.returncode == 0, ended.stdout
 
 
@@ -43,3 +50,24 @@ def test_the_agent_sees_its_settings_and_its_identity_and_nothing_else_of_etc() 
     assert loaded == [
         f"LoadCredential={name}:/etc/fedeq-edge/{name}" for name in ("agent.toml", "ca.crt", "device.crt", "device.key")
     ]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_a_unit_starts_what_the_command_line_or_a_release_has(unit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started = re.search(r"^ExecStart=/opt/fedeq-edge/(current|venv)/bin/(\S+) ?(.*)$", unit.read_text(), re.MULTILINE)
+    assert started is not None
+    assert started[2] in ("fedeq", "fedeq-updater")
+    words = [word for word in started[3].split(" --")[0].split() if word]
+    main = updater.main if started[2] == "fedeq-updater" else app
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert not ended.value.code
+    for option in re.findall(r"--[a-z]+", started[3]):
+        assert option in capsys.readouterr().out
+
+
+def test_the_aggregators_key_may_be_missing_where_its_broker_has_no_tls() -> None:
+    lines = AGGREGATOR.read_text().splitlines()
+    for name in ("ca.crt", "aggregator.crt", "aggregator.key"):
+        assert f"LoadCredential={name}:/etc/fedeq-edge/{name}" in lines
+        assert f"SetCredential={name}:none" in lines

@@ -17,9 +17,11 @@ from fedeq_edge.errors import ConfigError, Exit, FedEqError, ProvisionError, Sta
 from fedeq_edge.provision import link, update
 from fedeq_edge.provision.actions import Action, ActionState
 from fedeq_edge.provision.ca import DEVICE_LIFETIME
+from fedeq_edge.provision.reporting import Board
 from fedeq_edge.provision.repository import Published, Repository, board_files, freshen
 from fedeq_edge.provision.update import Plan, Rollout, chosen, publish, roll_out, waves
-from fedeq_edge.provision.updater import Board, Updater
+from fedeq_edge.provision.updater import Updater
+from tests.provision.small_models import personal
 from tests.provision.update_fleet import DAY_S, NOW, Killed, Member, Plant
 
 OWN = "pi-01"
@@ -245,39 +247,58 @@ def test_a_rollback_needs_nothing_but_the_word(plant: Plant, member: Member) -> 
 
 def test_the_logs_of_a_board_come_with_its_report(plant: Plant, member: Member) -> None:
     (member.fake.scripts / "log").write_text("round 1\nround 2\n")
+    member.turn()
     lines = update.logs(plant.fleet, OWN, 60.0, wait=lambda _: member.turn())
     assert lines == ["round 1", "round 2"]
 
 
 def test_a_board_that_does_not_answer_is_named_with_its_last_word(plant: Plant, member: Member) -> None:
-    with pytest.raises(ProvisionError, match=r"within 1 s .it has never reported") as refused:
-        update.roll_back(plant.fleet, OWN, 1.0, wait=lambda _: None)
+    member.turn()
+    with pytest.raises(ProvisionError, match=r"within 1 s .last heard 20") as refused:
+        update.logs(plant.fleet, OWN, 1.0, wait=lambda _: None)
     assert refused.value.exit is Exit.ACTION_EXPIRED
     member.turn()
     assert member.runs == "1.0+a"
     assert plant.fleet.action_for(OWN) is None  # it was taken back
 
 
+def test_a_board_without_an_earlier_release_is_not_asked_to_go_back(plant: Plant, member: Member) -> None:
+    member.turn()
+    with pytest.raises(ProvisionError, match=r"runs 1\.0\+a and has no earlier release") as refused:
+        update.roll_back(plant.fleet, OWN, 60.0, wait=lambda _: None)
+    assert refused.value.exit is Exit.FAILED
+    assert plant.fleet.given_action(OWN) is None
+
+
 def test_a_model_comes_without_an_update_of_the_agent(plant: Plant, member: Member) -> None:
-    for content in (b"one", b"two"):
-        model = plant.folder / "personal.onnx"
-        model.write_bytes(content)
+    for seed in (0, 1):
+        model = personal(plant.folder / "personal.fedeq", seed)
         tell(plant, OWN, model)
         member.fake.calls()
         member.turn()
-        assert (member.board.models / "personal.onnx").read_bytes() == content
+        assert (member.board.models / "personal.fedeq").read_bytes() == model.read_bytes()
         assert not [call for call in member.fake.calls() if "restart" in call]
-    assert (member.board.models / "personal.onnx").stat().st_mode & 0o777 == 0o644
-    assert [path.name for path in member.board.models.iterdir()] == ["personal.onnx"]
+    assert (member.board.models / "personal.fedeq").stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in member.board.models.iterdir()] == ["personal.fedeq"]
+
+
+def test_a_model_that_cannot_be_loaded_is_not_published(plant: Plant, tmp_path: Path) -> None:
+    whole = personal(tmp_path / "personal.fedeq").read_bytes()
+    for name, content in (("junk.onnx", b"graph"), ("junk.fedeq", b"weights"), ("cut.fedeq", whole[:-1])):
+        model = tmp_path / name
+        model.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name} cannot be loaded, so that no board gets it") as refused:
+            publish(plant.fleet, model, clock=plant.clock)
+        assert "\n" not in str(refused.value)
+    assert not [path for path in (plant.tuf / "targets").rglob("*") if path.is_file()]
 
 
 def test_an_agent_cannot_lead_the_updater_out_of_its_folder_by_a_link(plant: Plant, member: Member) -> None:
-    model = plant.folder / "personal.onnx"
-    model.write_bytes(b"graph")
+    model = personal(plant.folder / "personal.fedeq")
     victim = plant.folder / "victim"
     victim.write_bytes(b"mine")
     member.board.models.mkdir(parents=True)
-    (member.board.models / ".personal.onnx.part").symlink_to(victim)
+    (member.board.models / ".personal.fedeq.part").symlink_to(victim)
     tell(plant, OWN, model)
     member.turn()
     assert (said(plant, OWN).state, victim.read_bytes()) == ("done", b"mine")
@@ -451,7 +472,8 @@ def test_an_installer_that_is_at_work_already_is_waited_for(plant: Plant, member
 def test_an_updater_that_is_killed_for_real_leaves_a_board_that_goes_on(plant: Plant, member: Member) -> None:
     tell(plant, OWN, plant.bundle("1.1+b"))
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom fedeq_edge.provision.updater import Board, Updater\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom fedeq_edge.provision.reporting import Board\n"
+        "from fedeq_edge.provision.updater import Updater\n"
         "def told(step):\n    if step == 'act': os.kill(os.getpid(), signal.SIGKILL)\n"
         f"Updater(Board(Path(sys.argv[1])), lambda: {NOW}, told).once()\n"
     )
@@ -588,6 +610,15 @@ def test_a_board_that_has_never_reported_is_nobodys_canary(plant: Plant, five: d
         member.turn()
     plant.fleet.add("a-new", "x86-64")
     assert chosen(plant.fleet, plant.bundle("1.1+b"), []) == [*sorted(five), "a-new"]
+
+
+def test_a_board_that_was_revoked_is_left_out_of_an_update_and_refused_by_name(
+    plant: Plant, five: dict[str, Member]
+) -> None:
+    plant.fleet.revoke("pi-3")
+    assert chosen(plant.fleet, plant.bundle("1.1+b"), []) == ["pi-1", "pi-2", "pi-4", "pi-5"]
+    with pytest.raises(ProvisionError, match=r"pi-3 was revoked on 20.*fedeq fleet add pi-3"):
+        chosen(plant.fleet, plant.bundle("1.1+b"), ["pi-3"])
 
 
 def test_a_device_of_another_board_is_refused_before_anything_is_published(plant: Plant) -> None:

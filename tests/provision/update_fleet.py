@@ -12,8 +12,9 @@ from fedeq_edge.provision import archive, enrol
 from fedeq_edge.provision.archive import Cpu, Manifest
 from fedeq_edge.provision.ca import Authority
 from fedeq_edge.provision.fleet import Fleet, FleetSettings
+from fedeq_edge.provision.reporting import Board, Task
 from fedeq_edge.provision.service import Desk, Service
-from fedeq_edge.provision.updater import Board, Task, Updater
+from fedeq_edge.provision.updater import Updater
 from tests.provision.release_board import INSTALLER, FakeBoard, files_of
 
 NOW = 1_800_000_000.0

@@ -40,6 +40,10 @@ class Partition(Protocol):
         """The file holds `content`, compared on the medium; its folders are made. Raises ProvisionError."""
         ...
 
+    def remove(self, path: str) -> None:
+        """There is no such file. Raises ProvisionError where it stays."""
+        ...
+
     def free_bytes(self) -> int:
         """How much more it can hold."""
         ...
@@ -94,6 +98,12 @@ class Fat:
         _flush(self.image)
         _compare(self.image, path, content, self.read(path))
 
+    def remove(self, path: str) -> None:
+        """There is no such file."""
+        if self.read(path) is not None:
+            _check(self._mtools("mdel", f"::/{path}"), self.image, path)
+            _flush(self.image)
+
     def free_bytes(self) -> int:
         """How much more it can hold."""
         found = re.search(rb"([\d ]+) bytes free", self._mtools("mdir", "::/").stdout)
@@ -140,6 +150,12 @@ class Ext4:
             self._change([*self._folders(path), *remove, f"write {source.name} /{path}", mark], path)
         _flush(self.image)
         _compare(self.image, path, content, self.read(path))
+
+    def remove(self, path: str) -> None:
+        """There is no such file."""
+        if self.exists(path):
+            self._change([f"rm /{path}"], path)
+            _flush(self.image)
 
     def symlink(self, path: str, destination: str) -> None:
         """`path` is a symbolic link to `destination`."""

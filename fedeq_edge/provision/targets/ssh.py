@@ -8,6 +8,7 @@ the same way (base.put), which works where there is no sftp server and for files
 
 import asyncio
 import shlex
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,12 @@ class SshTarget:
         except asyncssh.PermissionDenied as error:
             raise ProvisionError(
                 Exit.FAILED, f"{self.name} does not let us in; try: ssh-copy-id {self._ssh()}"
+            ) from error
+        except socket.gaierror as error:
+            raise ProvisionError(
+                Exit.LOST,
+                f"{self.name}: no address is known for {self._address.host} ({error.strerror}); check the name, or "
+                "give the board's address (.local names need avahi-daemon and libnss-mdns on this machine)",
             ) from error
         except (asyncssh.Error, OSError) as error:
             why = getattr(error, "reason", "") or str(error) or type(error).__name__

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -57,9 +58,23 @@ def test_a_tree_is_described_without_running_any_of_it(tmp_path: Path) -> None:
     system(tmp_path)
     facts = RootfsTarget(tmp_path).facts()
     assert (facts.architecture, facts.libc, facts.glibc, facts.python) == ("aarch64", "glibc", "2.36", "3.11")
+    assert facts.pythons == ["3.11"]
     assert (facts.systemd, facts.hostname, facts.booted) == (252, "raspberrypi", False)
     assert facts.memory_bytes is None
     assert facts.clock is None
+
+
+@pytest.mark.parametrize("mounted", ["opt", "opt/fedeq-edge"])
+def test_the_disk_that_is_measured_is_the_one_that_releases_go_to(mounted: str, tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system: /dev/shm is absent or that of the temporary folder")
+    system(tmp_path)
+    (tmp_path / mounted).parent.mkdir(exist_ok=True)
+    (tmp_path / mounted).symlink_to(memory)  # stands for a mount, which would need root
+    found = RootfsTarget(tmp_path).facts().free_disk_bytes
+    assert found is not None
+    assert abs(found - shutil.disk_usage(memory).free) < abs(found - shutil.disk_usage(tmp_path).free)
 
 
 def test_a_32_bit_tree_is_told_from_a_64_bit_one(tmp_path: Path) -> None:

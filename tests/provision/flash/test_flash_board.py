@@ -231,9 +231,29 @@ def test_a_revoked_certificate_is_made_anew(
     flash_it(bundle)
     old = (identity(board) / "device.crt").read_bytes()
     fleet.revoke(DEVICE)
+    restarts = board.restarts()
+    with pytest.raises(ProvisionError, match=r"was revoked on .*fedeq fleet add"):
+        flash_it(bundle)
+    assert board.restarts() == restarts
+    fleet.add(DEVICE, "x86-64")
     done = flash_it(bundle)
     assert "enrol" in [step.name for step in done.steps]
     assert (identity(board) / "device.crt").read_bytes() != old
+
+
+def test_a_board_is_told_at_the_next_flash_where_the_service_has_moved(
+    flash_it: Flash, make_bundle: BundleMaker, board: Board, fleet: Fleet
+) -> None:
+    bundle = make_bundle("1.0")
+    flash_it(bundle)
+    text = (fleet.folder / "fleet.toml").read_text()
+    (fleet.folder / "fleet.toml").write_text(text.replace("https://gateway:8443", "https://elsewhere:8443"))
+    before = board.restarts()
+    assert [step.name for step in flash_it(bundle).steps] == ["service", "heartbeat"]
+    assert (identity(board) / "updater.toml").read_text() == 'service = "https://elsewhere:8443"\n'
+    assert "try-restart fedeq-updater.service" in (board.home / "calls").read_text()
+    assert board.restarts() == before
+    assert not flash_it(bundle).changed
 
 
 def test_rolling_back_goes_to_the_release_before(

@@ -4,24 +4,29 @@ import contextlib
 import json
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError
+from fedeq_edge.provision.archive import read_manifest
 from fedeq_edge.provision.ca import Authority, common_name
+from fedeq_edge.provision.enrol import csr
 from fedeq_edge.provision.flash import flash, prepare
+from fedeq_edge.provision.flash_card import ImageWay
 from fedeq_edge.provision.fleet import Fleet
-from fedeq_edge.provision.plan import Flashed
+from fedeq_edge.provision.plan import Flashed, Plan
 from fedeq_edge.provision.service import Desk, Service
 from fedeq_edge.provision.targets import open_target
 from fedeq_edge.provision.targets.disks import check_disk, check_writable
 from fedeq_edge.provision.targets.image import ImageTarget
-from fedeq_edge.provision.targets.partitions import Ext4
+from fedeq_edge.provision.targets.partitions import Ext4, Fat
 from fedeq_edge.provision.targets.rootfs import RootfsTarget
 from tests.provision.flash.board import (
+    BOOT_AT,
     CMDLINE,
     DEVICE,
     FIRST_BOOT,
@@ -102,6 +107,24 @@ def test_a_card_whose_token_is_void_gets_a_new_one(make_card: CardMaker, arm: Pa
     fleet.tokens.void("pi-01")
     assert flashed(card, fleet, arm).changed
     assert card.fat("fedeq/join.toml") != old
+
+
+@pytest.mark.parametrize("raspberry", [True, False])
+def test_a_card_of_another_device_is_said_to_be_one_and_its_data_do_not_stay(
+    raspberry: bool, make_card: CardMaker, arm: Path, fleet: Fleet, tmp_path: Path
+) -> None:
+    card = make_card(cloud=raspberry, raspberry=raspberry)
+    (data := tmp_path / "mine.npz").write_bytes(b"samples of pi-01")
+    flashed(card, fleet, arm, data=data)
+    fleet.add("pi-02", "raspberry-pi-4")
+    target = ImageTarget(card.path)
+    plan = prepare(target, fleet, "pi-02", arm)
+    assert plan.occupant == "pi-01"
+    assert plan.intended[0] == "take the place of what was prepared for device pi-01"
+    flash(target, fleet, plan, sign=never)
+    assert prepare(ImageTarget(card.path), fleet, "pi-02", arm).occupant == ""
+    box = Fat(card.path, BOOT_AT) if raspberry else Ext4(card.path, ROOT_AT)
+    assert box.read("fedeq/data.npz" if raspberry else "opt/fedeq-edge/first-boot/data.npz") is None
 
 
 @pytest.mark.parametrize("mark", ["var/lib/systemd/random-seed", "var/lib/cloud/instance"])
@@ -245,6 +268,65 @@ def test_a_mounted_root_is_installed_at_once_and_enrols_at_its_next_boot(
     assert wants.resolve() == root / "etc/systemd/system/fedeq-first-boot.service"
     again = RootfsTarget(root)
     assert not flash(again, fleet, prepare(again, fleet, DEVICE, bundle), sign=never).changed
+
+
+def test_a_mounted_root_of_another_device_is_taken_over_before_its_first_boot_and_refused_after_it(
+    make_bundle: BundleMaker, fleet: Fleet, tmp_path: Path
+) -> None:
+    root, bundle = tmp_path / "mounted", make_bundle("1.0", architecture="x86_64", python="3.11")
+    system(root, machine=62)
+    (data := tmp_path / "mine.npz").write_bytes(b"samples")
+    target = RootfsTarget(root)
+    flash(target, fleet, prepare(target, fleet, DEVICE, bundle, data=data), sign=never)
+    fleet.add("box-02", "x86-64")
+    plan = prepare(target, fleet, "box-02", bundle)
+    assert plan.occupant == DEVICE
+    flash(target, fleet, plan, sign=never)
+    first = root / "opt/fedeq-edge/first-boot"
+    assert json.loads((first / "card.json").read_text())["device"] == "box-02"
+    assert not (first / "data.npz").exists()
+    (root / "etc/fedeq-edge").mkdir()
+    (first / "agent.toml").rename(root / "etc/fedeq-edge/agent.toml")  # as the first boot does
+    with pytest.raises(ProvisionError, match=f"the board is device box-02, not {DEVICE}") as refused:
+        prepare(target, fleet, DEVICE, bundle)
+    assert refused.value.exit is Exit.MISUSED
+
+
+def test_a_mounted_root_whose_certificate_was_revoked_gets_a_token_once_its_device_is_added_again(
+    make_bundle: BundleMaker, fleet: Fleet, sign: Callable[[], Authority], tmp_path: Path
+) -> None:
+    root, bundle = tmp_path / "mounted", make_bundle("1.0", architecture="x86_64", python="3.11")
+    system(root, machine=62)
+    identity = root / "etc/fedeq-edge"
+    certificate = sign().device_certificate(csr(identity, DEVICE), DEVICE)
+    (identity / "device.crt").write_bytes(certificate)
+    (identity / "ca.crt").write_bytes(sign().pem)
+    target = RootfsTarget(root)
+    assert prepare(target, fleet, DEVICE, bundle).intended == ["install 1.0"]
+    fleet.revoke(DEVICE)
+    with pytest.raises(ProvisionError, match="fedeq fleet add"):
+        prepare(target, fleet, DEVICE, bundle)
+    fleet.add(DEVICE, "x86-64")
+    flash(target, fleet, prepare(target, fleet, DEVICE, bundle), sign=never)
+    assert f"fedeq1.{DEVICE}." in (root / "opt/fedeq-edge/first-boot/join.toml").read_text()
+
+
+@pytest.mark.parametrize(("packages", "advised"), [({"torch": "2.9.1"}, True), ({}, False)])
+def test_a_bundle_that_does_not_fit_is_advised_to_do_without_torch_only_where_it_has_some(
+    packages: dict[str, str], advised: bool, make_card: CardMaker, arm: Path, fleet: Fleet
+) -> None:
+    card = make_card()
+    card.put("ballast", bytes(30 << 20))
+    target = ImageTarget(card.path)
+    plan = Plan(
+        device="pi-01", target=target.name, bundle=arm, digest="", manifest=read_manifest(arm), facts=target.facts(),
+        warnings=[], intended=[], data=None,
+    )  # fmt: skip
+    plan = msgspec.structs.replace(plan, manifest=msgspec.structs.replace(plan.manifest, packages=packages))
+    with pytest.raises(ProvisionError, match="larger boot partition") as refused:
+        ImageWay(target, fleet, plan).intended()
+    assert refused.value.exit is Exit.NO_SPACE
+    assert ("without torch" in str(refused.value)) == advised
 
 
 # Disks of this machine

@@ -1,6 +1,7 @@
 """`fedeq flash`, `logs` and `rollback` as typed: exit codes, JSON, and what is asked before."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ import pytest
 
 from fedeq_edge.cli import main
 from fedeq_edge.errors import Exit
+from fedeq_edge.provision.actions import Report
 from fedeq_edge.provision.fleet import Fleet
 from tests.provision.flash.board import Board, BundleMaker, CardMaker, Server
+
+REPORTED = Report(version="1.0+a", confirmed=True, healthy=True, previous="0.9+a")
 
 
 @dataclass
@@ -70,6 +74,55 @@ def test_a_device_that_lives_elsewhere_is_asked_for_before_there_are_two(run: Ru
     assert run("flash", card, "--device", "pi-01", "--yes").code == 0
 
 
+def test_a_card_that_is_ready_for_another_device_is_asked_for(run: Run, card: str, fleet: Fleet) -> None:
+    assert run("flash", card, "--device", "pi-01").code == 0
+    fleet.add("pi-02", "raspberry-pi-4")
+    before = Path(card).read_bytes()
+    done = run("flash", card, "--device", "pi-02")
+    assert done.code == Exit.MISUSED
+    assert "take it from pi-01, for which it was prepared" in done.err
+    assert Path(card).read_bytes() == before
+    assert run("flash", card, "--device", "pi-02", "--yes").code == 0
+
+
+def test_a_revoked_device_is_not_flashed_and_gets_no_token(run: Run, card: str, fleet: Fleet) -> None:
+    fleet.revoke("pi-01")
+    done = run("flash", card, "--device", "pi-01")
+    assert (done.code, done.err.count("\n")) == (Exit.MISUSED, 1)
+    assert "fedeq fleet add pi-01 --profile raspberry-pi-4" in done.err
+    assert not fleet.tokens.waiting("pi-01", now=0)
+
+
+@pytest.mark.parametrize("left", [100, -100])
+def test_a_bundle_that_is_cut_off_is_named_and_the_one_before_it_is_taken(
+    left: int, run: Run, card: str, arm: Path, make_bundle: BundleMaker
+) -> None:
+    newer = make_bundle("2.0", profile="raspberry-pi-4", architecture="aarch64", python="3.11")
+    newer.write_bytes(newer.read_bytes()[:left])
+    os.utime(arm, (0, 0))
+    done = run("flash", card, "--device", "pi-01", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["version"] == "1.0"
+    assert f"left out: bundle {newer} is refused" in done.err
+
+
+def test_a_bundle_that_was_named_and_is_cut_off_is_not_made_up_for(
+    run: Run, card: str, arm: Path, make_bundle: BundleMaker
+) -> None:
+    named = make_bundle("2.0", profile="raspberry-pi-4", architecture="aarch64", python="3.11")
+    named.write_bytes(named.read_bytes()[:-100])
+    assert run("flash", card, "--device", "pi-01", "--bundle", str(named)).code == Exit.VERIFICATION
+
+
+def test_a_board_whose_name_nobody_knows_is_told_from_one_that_is_off(
+    run: Run, home: Path, make_bundle: BundleMaker
+) -> None:
+    make_bundle("1.0")
+    done = run("flash", "ssh://pi@board.invalid", "--device", "box-01")
+    assert (done.code, done.err.count("\n")) == (Exit.LOST, 1)
+    assert "no address is known for board.invalid" in done.err
+
+
 def test_a_booted_card_ends_with_12(run: Run, make_card: CardMaker, arm: Path) -> None:
     booted = make_card(mark="var/lib/systemd/random-seed")
     assert run("flash", str(booted.path), "--device", "pi-01").code == Exit.BOOTED_CARD
@@ -121,7 +174,29 @@ def test_a_device_that_is_not_reached_from_here_is_asked_by_its_updater(
 ) -> None:
     monkeypatch.setattr("fedeq_edge.cli.flash._REPORT_S", 0.5)
     fleet.flashed("box-01", "card.img")
+    fleet.take_report("box-01", REPORTED)
     done = run(command, "box-01")
     assert done.code == Exit.ACTION_EXPIRED
     assert "by way of the service" in done.err
-    assert "it has never reported" in done.err
+    assert "last heard" in done.err
+
+
+@pytest.mark.parametrize("command", ["logs", "rollback"])
+def test_a_device_that_was_never_heard_from_is_not_waited_for(command: str, run: Run, fleet: Fleet) -> None:
+    fleet.flashed("box-01", "card.img")
+    done = run(command, "box-01")
+    assert (done.code, done.err.count("\n")) == (Exit.LOST, 1)
+    assert "was never heard from" in done.err
+    assert "fedeq doctor box-01" in done.err
+    assert fleet.given_action("box-01") is None
+
+
+@pytest.mark.parametrize("target", ["card.img", "ssh://pi@127.0.0.1:1"])
+def test_a_rollback_during_an_update_says_so_and_leaves_the_update_alone(target: str, run: Run, fleet: Fleet) -> None:
+    fleet.flashed("box-01", target)
+    fleet.take_report("box-01", REPORTED)
+    action = fleet.give_action("box-01", "update", "1.1+b", 60)
+    done = run("rollback", "box-01")
+    assert (done.code, done.err.count("\n")) == (Exit.BUSY, 1)
+    assert "is being updated to 1.1+b" in done.err
+    assert fleet.action_for("box-01") == action
