@@ -189,12 +189,15 @@ def _block(vector: FloatArray, constraint: Constraint) -> FloatArray:
 def _onto_l1_balls(rows: Matrix, radius: float) -> Matrix:
     """Soft-threshold rows, shape (n, cols) and all outside the ball, by the shifts that put them on the sphere."""
     magnitude = np.abs(rows)
-    descending = -np.sort(-magnitude, axis=1)
-    ranks = np.arange(1, rows.shape[1] + 1)
-    shifts = (np.cumsum(descending, axis=1) - radius) / ranks
-    kept = (descending > shifts).sum(axis=1)  # >= 1 as every row is outside
-    shift = np.take_along_axis(shifts, kept[:, None] - 1, axis=1)
-    projected: Matrix = np.sign(rows) * np.maximum(magnitude - shift, 0.0)
+    descending = np.sort(magnitude, axis=1)[:, ::-1]
+    # In place from here: half of a small device's training step was spent on temporaries of this function.
+    shifts = np.cumsum(descending, axis=1)
+    shifts -= radius
+    shifts /= np.arange(1, rows.shape[1] + 1)
+    kept = np.count_nonzero(descending > shifts, axis=1)  # >= 1 as every row is outside
+    magnitude -= shifts[np.arange(len(rows)), kept - 1, None]
+    projected: Matrix = np.maximum(magnitude, 0.0, out=magnitude)
+    projected *= np.sign(rows)
     return projected
 
 

@@ -1,5 +1,5 @@
-"""Personal models as ONNX files with the solver inside: build, check against torch, run.
+"""Models as ONNX files with the solver inside, and training steps as ONNX graphs: build, check against torch, run.
 
-`runtime` needs onnxruntime and numpy; `graph` and `wrap` need onnx and numpy; `verify` and `export` need torch as well.
-Nothing is imported here, so that a device pays only for what it uses.
+`runtime` and `trainer` need onnxruntime and numpy; `graph`, `wrap` and `training` need onnx and numpy; `verify` and
+`export` need torch as well. Nothing is imported here, so that a device pays only for what it uses.
 """

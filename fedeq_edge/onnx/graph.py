@@ -64,13 +64,19 @@ def named_weights(spec: ModelSpec, theta: NDArray[np.float32], head: NDArray[np.
 
 def stem(spec: ModelSpec, weights: Weights) -> Part:
     """x (batch, *input_shape) -> injection and z_0, both (batch, *state_shape)."""
+    part = injection(spec, weights)
+    _start(part, spec, weights)
+    return part
+
+
+def injection(spec: ModelSpec, weights: Weights) -> Part:
+    """x (batch, *input_shape) -> injection (batch, *state_shape)."""
     part = Part("stem")
     value = _normalised_input(part, spec)
     if spec.stem_width is not None and spec.spatial:
         _two_stages(part, spec, weights, value)
     else:
         _affine(part, spec, weights, value)
-    _start(part, spec, weights)
     return part
 
 

@@ -1,30 +1,17 @@
-"""Run an exported model: onnxruntime and numpy, no torch, no onnx package.
-
-The one module that imports onnxruntime: version 1.29 and later report to their maker over the network, and write a
-device id to disk, unless ORT_DISABLE_TELEMETRY is set before the import.
-"""
+"""Run an exported model: onnxruntime and numpy, no torch, no onnx package."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedeq_edge.errors import ConfigError, DataError, ExportError
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-try:
-    import onnxruntime  # after the line above, see the module's docstring
-except ImportError as missing:
-    raise ExportError("onnxruntime is not installed; run pip install 'fedeq-edge[device]'") from missing
+from fedeq_edge.onnx.session import open_session
 
 SCHEMA_VERSION = "1"
-# onnxruntime warns about unused initializers and unknown hardware; 3 keeps errors only.
-ERRORS_ONLY = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +38,7 @@ class Predictor:
     """
 
     def __init__(self, model: Path | bytes, *, threads: int = 1) -> None:
-        self._session = _session(model, threads)
+        self._session = open_session(model, threads)
         name = "the model" if isinstance(model, bytes) else str(model)
         self.metadata: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         _check_schema(name, self.metadata)
@@ -98,21 +85,6 @@ class Predictor:
 
     def _name(self, logits: NDArray[np.float32]) -> str:
         return self.labels[int(logits.argmax())] if np.isfinite(logits).all() else "?"
-
-
-def _session(model: Path | bytes, threads: int) -> Any:  # onnxruntime ships no types
-    if isinstance(model, Path) and not model.is_file():
-        raise ExportError(f"{model}: no such file; export a model with fedeq model export")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no base class below Exception
-        reason = str(error).splitlines()[0]
-        name = "the model" if isinstance(model, bytes) else model
-        raise ExportError(f"{name}: onnxruntime {onnxruntime.__version__} cannot load it: {reason}") from error
 
 
 def _check_schema(name: str, metadata: Mapping[str, str]) -> None:

@@ -181,7 +181,7 @@ def test_one_module_of_the_package_imports_onnxruntime() -> None:
         if re.search(r"^\s*(import|from) onnxruntime", path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
 
-    assert importers == ["fedeq_edge/onnx/runtime.py"]
+    assert importers == ["fedeq_edge/onnx/session.py"]
 
 
 def test_predicting_loads_neither_torch_nor_onnx(model: Path) -> None:

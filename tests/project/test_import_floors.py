@@ -78,7 +78,7 @@ def test_one_module_imports_the_mqtt_client() -> None:
 
 def test_one_folder_imports_onnx_and_one_module_onnxruntime() -> None:
     assert {name.split("/")[0] for name in users_of("onnx")} == {"onnx"}
-    assert users_of("onnxruntime") == {"onnx/runtime.py"}
+    assert users_of("onnxruntime") == {"onnx/session.py"}
 
 
 def test_torch_is_imported_by_the_model_the_local_step_and_the_check_of_exports_alone() -> None:

@@ -1,0 +1,138 @@
+"""A look at ONNX bytes from somebody else before onnxruntime parses them: bounded, and without the onnx package.
+
+onnxruntime reads files that a tensor names (external data) and runs whatever operator sets it was built with. A graph
+from a broker needs neither: this walks the protobuf message, wire format only, and refuses both by name. Field numbers
+are those of onnx.proto3, which never change.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from fedeq_edge.errors import ExportError
+from fedeq_edge.onnx.contract import IR_VERSION
+
+LARGEST_GRAPH_BYTES = 1 << 20
+"""Of a graph without weights: ours have 15 to 80 KB; it travels as one message of the broker."""
+# Ours nest model > graph > node > attribute > body > node > attribute > tensor.
+_DEEPEST = 16
+_MOST_FIELDS = 200_000
+
+# Message kinds, and by field number what lies inside: another kind, or None where it is refused.
+_INSIDE: Mapping[str, Mapping[int, str]] = {
+    "model": {7: "graph", 8: "opset", 14: "property"},
+    "graph": {1: "node", 5: "tensor"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
+}
+_REFUSED: Mapping[tuple[str, int], str] = {
+    ("model", 20): "training info",
+    ("model", 25): "functions of its own",
+    ("graph", 15): "sparse tensors",
+    ("attribute", 22): "sparse tensors",
+    ("attribute", 23): "sparse tensors",
+    ("tensor", 13): "external data",
+}
+_OURS = ("", "ai.onnx")
+
+
+@dataclass(slots=True)
+class Facts:
+    """What a file says of itself: its IR version and its metadata."""
+
+    ir_version: int = 0
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def scan(content: bytes, name: str) -> Facts:
+    """Facts of the model in `content`. Raises ExportError, `name` in front, for what no graph of ours holds."""
+    if len(content) > LARGEST_GRAPH_BYTES:
+        raise ExportError(
+            f"{name}: {len(content)} bytes, more than the {LARGEST_GRAPH_BYTES} of a training graph; refused"
+        )
+    walk = _Walk(name)
+    walk.message(memoryview(content), "model", 0)
+    if not walk.facts.ir_version:
+        raise ExportError(f"{name}: no ONNX model; build one with fedeq_edge.onnx.training.build_training")
+    if walk.facts.ir_version > IR_VERSION:
+        raise ExportError(
+            f"{name}: IR version {walk.facts.ir_version}, this program reads up to {IR_VERSION}; update fedeq-edge"
+        )
+    return walk.facts
+
+
+class _Walk:
+    def __init__(self, name: str) -> None:
+        self.facts = Facts()
+        self._name = name
+        self._left = _MOST_FIELDS
+
+    def message(self, data: memoryview, kind: str, depth: int) -> None:
+        """Every field of one message, and of those inside that can hold what is refused."""
+        if depth > _DEEPEST:
+            self._refuse("graphs nested too deeply")
+        if kind == "property":
+            self._property(data)
+            return
+        for number, value in self._fields(data):
+            if (kind, number) in _REFUSED:
+                self._refuse(_REFUSED[kind, number])
+            self._judge(kind, number, value)
+            inside = _INSIDE.get(kind, {}).get(number)
+            if inside is not None and not isinstance(value, int):
+                self.message(value, inside, depth + 1)
+
+    def _judge(self, kind: str, number: int, value: int | memoryview) -> None:
+        if (kind, number) == ("model", 1) and isinstance(value, int):
+            self.facts.ir_version = value
+        elif (kind, number) == ("tensor", 14) and value != 0:
+            self._refuse("external data")
+        elif (kind, number) in (("node", 7), ("opset", 1)):
+            domain = self._text(value)
+            if domain not in _OURS:
+                self._refuse(f"operators of the domain {domain!r}")
+
+    def _property(self, data: memoryview) -> None:
+        texts = {number: self._text(value) for number, value in self._fields(data)}
+        self.facts.metadata[texts.get(1, "")] = texts.get(2, "")
+
+    def _fields(self, data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+        """(number, value) of each field: an integer, or bytes."""
+        at = 0
+        while at < len(data):
+            self._left -= 1
+            if self._left < 0:
+                self._refuse(f"more than {_MOST_FIELDS} fields")
+            tag, at = self._varint(data, at)
+            number, wire = tag >> 3, tag & 7
+            if wire == 0:
+                value, at = self._varint(data, at)
+                yield number, value
+                continue
+            length, at = self._varint(data, at) if wire == 2 else ({1: 8, 5: 4}.get(wire, len(data) + 1), at)
+            if length > len(data) - at:
+                self._refuse_damage()
+            yield number, data[at : at + length]
+            at += length
+
+    def _varint(self, data: memoryview, at: int) -> tuple[int, int]:
+        value = 0
+        for place, byte in enumerate(data[at : at + 10]):
+            value |= (byte & 0x7F) << (7 * place)
+            if byte < 0x80:
+                return value, at + place + 1
+        return self._refuse_damage()
+
+    def _text(self, value: int | memoryview) -> str:
+        if isinstance(value, int):
+            return self._refuse_damage()
+        try:
+            return str(value, "utf-8")
+        except UnicodeDecodeError:
+            return self._refuse_damage()
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ExportError(f"{self._name}: holds {what}, which no graph of a federation needs; refused")
+
+    def _refuse_damage(self) -> NoReturn:
+        raise ExportError(f"{self._name}: not an ONNX model, or a truncated one; fetch it again")

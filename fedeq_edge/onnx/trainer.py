@@ -1,0 +1,263 @@
+"""Train a model by its training graph: onnxruntime and numpy, no torch, no onnx package.
+
+The graph (`training`) computes; what depends on the constraint set is numpy's, here as in `deq/model.DEQ`: theta is
+projected after every step, and a monotone cell's step size is chosen for the W of the next one.
+"""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedeq_edge.consensus.constraint import project
+from fedeq_edge.deq.layout import cell_weight, constraints, head_layout, size, theta_layout
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.deq.wellposed import step_size
+from fedeq_edge.errors import ConfigError, DataError, ExportError, SolverError
+from fedeq_edge.onnx.contract import FOUND, MOMENTS, SCHEMA_VERSION, SOLVER_GRAPH, STEP_SIZE
+from fedeq_edge.onnx.scan import scan
+from fedeq_edge.onnx.session import open_session
+
+Vector = NDArray[np.float32]
+Matrix = NDArray[np.float32]
+Array = NDArray[Any]
+
+DIVERGED_REMEDY = 'lower learning_rate or clip in the plan, or constrain the cell (cell = "contractive")'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pull:
+    """What ADMM adds to the gradient: nu + kappa (w - z) on the first s numbers of w = [theta | head]. z, nu: (s,)."""
+
+    z: Vector
+    nu: Vector
+    kappa: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphStep:
+    """One step: loss before it (no penalty in it), mean residuals of forward and backward solve."""
+
+    loss: float
+    residual: float
+    backward_residual: float
+
+
+class TrainingGraph:
+    """A loaded training graph with its solver; `content` may come from anybody, once its digest is the announced one.
+
+    spec: of the model that it trains; another one than `expect`, where given, is refused. optimizer: "sgd" or "adam".
+    theta_size, head_size: p and h. Raises ExportError in one line where the file is damaged, is no training graph, is
+    of a newer format, or holds what no graph of ours does (`scan`).
+    """
+
+    def __init__(self, content: bytes, *, expect: ModelSpec | None = None, threads: int = 1) -> None:
+        name = "training graph"
+        metadata = _checked(content, name, "training")
+        self.spec = _spec(metadata, name)
+        if expect is not None and self.spec != expect:
+            raise ExportError(f"{name}: built for another model than this federation's; fetch the one it announces")
+        self.optimizer = metadata.get("fedeq.optimizer", "")
+        if self.optimizer not in MOMENTS:
+            raise ExportError(f"{name}: optimiser {self.optimizer!r} is unknown here; update fedeq-edge")
+        solver = _unpacked(metadata.get(SOLVER_GRAPH, ""), name)
+        _checked(solver, f"{name}: its solver", "solver")
+        self.theta_size, self.head_size = size(theta_layout(self.spec)), size(head_layout(self.spec))
+        self.session = open_session(content, threads, name)
+        self._solver = open_session(solver, threads, name)
+        _check_ends(self.session, self._ends(), name)
+
+    def descent(
+        self,
+        theta: Vector,
+        head: Vector,
+        *,
+        rate: float,
+        momentum: float,
+        clip: float,
+        weight_decay: float = 0.0,
+        pull: Pull | None = None,
+        frozen_head: bool = False,
+    ) -> "GraphDescent":
+        """Steps of one round from theta (p,) and head (h,), the optimiser remembering nothing yet.
+
+        Raises ConfigError for vectors of another model.
+        """
+        for label, vector, length in (("theta", theta, self.theta_size), ("head", head, self.head_size)):
+            if vector.shape != (length,):
+                raise ConfigError(
+                    f"model: {label} has shape {vector.shape}, this spec needs ({length},); "
+                    "was it made for another model?"
+                )
+        scalars = {"rate": rate, "momentum": momentum, "clip": clip, "train_head": float(not frozen_head)}
+        constants = {name: np.array(number, dtype=np.float32) for name, number in scalars.items()}
+        w = np.concatenate([theta, head]).astype(np.float32, copy=False)
+        return GraphDescent(self, w, constants | self._pulled(weight_decay, pull))
+
+    def solve(self, x: NDArray[np.float32], theta: Vector, *, forward: int) -> tuple[Matrix, Vector]:
+        """(features (B, spec.features), residual (B,)) of samples x (B, *input_shape) after `forward` >= 1 evaluations.
+
+        Raises DataError where x does not fit the model.
+        """
+        feeds = {
+            "x": _samples(x, self.spec),
+            "theta": np.ascontiguousarray(theta, dtype=np.float32),
+            "forward": np.array(forward),
+            **self.step_size(theta),
+        }
+        features, residual = self._solver.run(["features", "residual"], feeds)
+        return features, residual
+
+    def step_size(self, vector: Vector) -> dict[str, NDArray[np.float32]]:
+        """The graph's input for a monotone cell's step size at the W in `vector`, which begins with theta."""
+        if self.spec.cell != "monotone":
+            return {}
+        return {STEP_SIZE: np.array(step_size(cell_weight(self.spec).view(vector)), dtype=np.float32)}
+
+    def _ends(self) -> dict[str, list[int | str]]:
+        """Shapes of inputs and outputs that a step reads and writes."""
+        total: list[int | str] = [self.theta_size + self.head_size]
+        moments = MOMENTS[self.optimizer]
+        vectors = ("w", *moments, "curvature", "offset", "w_next", *(f"{name}_next" for name in moments))
+        return {
+            "x": ["batch", *self.spec.input_shape],
+            **dict.fromkeys(vectors, total),
+            **{name: [] for name in ("rate", "momentum", "clip", "train_head", "tol", *FOUND)},
+        }
+
+    def _pulled(self, weight_decay: float, pull: Pull | None) -> dict[str, Vector]:
+        """What weight decay and ADMM add to the gradient, curvature w + offset, over all of w."""
+        total = self.theta_size + self.head_size
+        curvature, offset = np.full(total, weight_decay, dtype=np.float32), np.zeros(total, dtype=np.float32)
+        if pull is not None:
+            shared = len(pull.z)
+            curvature[:shared] += np.float32(pull.kappa)
+            offset[:shared] = pull.nu - np.float32(pull.kappa) * pull.z
+        return {"curvature": curvature, "offset": offset}
+
+
+class GraphDescent:
+    """SGD with momentum (or Adam) on w = [theta | head] by a training graph; made by `TrainingGraph.descent`.
+
+    onnxruntime reads and writes our arrays in place. Parameters live twice: a step reads one set and writes the other,
+    which becomes the present one once its loss has been found finite.
+    """
+
+    def __init__(self, graph: TrainingGraph, w: Vector, constants: Mapping[str, Array]) -> None:
+        self._graph = graph
+        self._constraints = constraints(graph.spec)
+        moments = MOMENTS[graph.optimizer]
+        self._now, self._next = ({"w": w.copy()} | {name: np.zeros_like(w) for name in moments} for _ in range(2))
+        self._settings: dict[str, Array] = {
+            "forward": np.zeros((), dtype=np.int64),
+            "adjoint": np.zeros((), dtype=np.int64),
+            "tol": np.zeros((), dtype=np.float32),
+        }
+        if graph.optimizer == "adam":
+            self._settings["count"] = np.ones((), dtype=np.int64)
+        self._settings |= graph.step_size(w)
+        self._found: dict[str, Array] = {name: np.zeros((), dtype=np.float32) for name in FOUND}
+        self._constants = constants
+        self._ahead, self._back = self._bound(self._now, self._next), self._bound(self._next, self._now)
+
+    @property
+    def theta(self) -> Vector:
+        """(p,), a copy; on the constraint set after every step."""
+        return self._now["w"][: self._graph.theta_size].copy()
+
+    @property
+    def head(self) -> Vector:
+        """(h,), a copy."""
+        return self._now["w"][self._graph.theta_size :].copy()
+
+    def step(self, x: Array, y: NDArray[np.int64], *, forward: int, adjoint: int, tol: float = 0.0) -> GraphStep:
+        """One step on the batch x (B, *input_shape), y (B,) with K = forward >= 1 evaluations, k = adjoint >= 0 terms.
+
+        tol: above 0 the adjoint ends where its relative residual is at most that, `adjoint` being the most terms.
+        Raises SolverError, before anything has changed, when the loss or its gradient is not finite.
+        """
+        batch: dict[str, Array] = {"x": _samples(x, self._graph.spec), "y": np.ascontiguousarray(y, dtype=np.int64)}
+        if y.shape != x.shape[:1]:
+            raise DataError(f"training: {len(x)} samples with labels of shape {y.shape}; give one label per sample")
+        for name, number in (("forward", forward), ("adjoint", adjoint), ("tol", tol)):
+            self._settings[name][...] = number
+        _bind(self._ahead.bind_input, batch)
+        self._graph.session.run_with_iobinding(self._ahead)
+        loss, norm, residual, backward = (float(self._found[name]) for name in FOUND)
+        _refuse_non_finite(loss, norm, forward)
+        self._advance()
+        return GraphStep(loss=loss, residual=residual, backward_residual=backward)
+
+    def _advance(self) -> None:
+        """What the step has written is the present."""
+        self._now, self._next, self._ahead, self._back = self._next, self._now, self._back, self._ahead
+        project(self._now["w"][: self._graph.theta_size], self._constraints)
+        for name, value in self._graph.step_size(self._now["w"]).items():
+            self._settings[name][...] = value
+        if "count" in self._settings:
+            self._settings["count"] += 1
+
+    def _bound(self, now: Mapping[str, Array], following: Mapping[str, Array]) -> Any:  # onnxruntime ships no types
+        binding = self._graph.session.io_binding()
+        _bind(binding.bind_input, {**self._constants, **self._settings, **now})
+        written: dict[str, Array] = {f"{name}_next": vector for name, vector in following.items()}
+        _bind(binding.bind_output, written | self._found)
+        return binding
+
+
+def _bind(bind: Any, arrays: Mapping[str, Array]) -> None:
+    """onnxruntime uses the memory of `arrays`, which must be contiguous and live as long as it does."""
+    for name, array in arrays.items():
+        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _refuse_non_finite(loss: float, norm: float, forward: int) -> None:
+    if not isfinite(loss):
+        raise SolverError(f"training: the loss is {loss} at K = {forward}; {DIVERGED_REMEDY}")
+    if not isfinite(norm):
+        raise SolverError(f"training: the gradient's norm is {norm}; {DIVERGED_REMEDY}")
+
+
+def _samples(x: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.float32]:
+    if x.shape[1:] != spec.input_shape or not len(x):
+        raise DataError(f"training: samples have shape {x.shape}, the model takes (batch, *{spec.input_shape})")
+    return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def _checked(content: bytes, name: str, kind: str) -> Mapping[str, str]:
+    """Metadata of the graph in `content`, which is of this kind and format."""
+    metadata = scan(content, name).metadata
+    found = metadata.get("fedeq.schema_version")
+    if found is None or metadata.get("fedeq.kind") != kind:
+        raise ExportError(f"{name}: an ONNX file, but no {kind} graph of fedeq-edge; let the gateway build it")
+    if found != SCHEMA_VERSION:
+        raise ExportError(f"{name}: has schema version {found}, this program reads {SCHEMA_VERSION}; update fedeq-edge")
+    return metadata
+
+
+def _spec(metadata: Mapping[str, str], name: str) -> ModelSpec:
+    try:
+        return msgspec.json.decode(metadata.get("fedeq.spec", ""), type=ModelSpec)
+    except (msgspec.DecodeError, ConfigError) as error:
+        raise ExportError(f"{name}: its model cannot be read: {error}; update fedeq-edge") from error
+
+
+def _unpacked(packed: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(packed, validate=True)
+    except binascii.Error as error:
+        raise ExportError(f"{name}: its solver is damaged; fetch it again") from error
+
+
+def _check_ends(session: Any, expected: Mapping[str, list[int | str]], name: str) -> None:
+    """The arrays that we lend to onnxruntime are of the shapes and the type that the graph has."""
+    found = {value.name: (value.shape, value.type) for value in [*session.get_inputs(), *session.get_outputs()]}
+    for end, shape in expected.items():
+        if found.get(end) != (shape, "tensor(float)"):
+            raise ExportError(f"{name}: {end} is {found.get(end)}, the model needs float32 {shape}; fetch it again")
