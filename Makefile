@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export ORT_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-devices lint format bench bench-deq bench-wire bench-har fuzz clean mosquitto
+.PHONY: help install demo test test-devices test-runners lint format bench bench-deq bench-wire bench-har fuzz clean mosquitto
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: $(INSTALLED) mosquitto ## Run all tests, a process per core
 
 test-devices: $(INSTALLED) ## Boot boards here and flash them: root, and mmdebstrap systemd-container qemu-user-static binfmt-support iproute2 openssh-client
 	$(BIN)/python -m pytest -m devices tests/devices --durations=10
+
+test-runners: $(INSTALLED) ## Run export/ in node, C++ and a browser: npm, g++, chromium; fetches 600 MB once
+	$(BIN)/python -m pytest -m runners tests/export --durations=10
 
 lint: $(INSTALLED) ## Check format, lint and types
 	$(BIN)/ruff format --check

@@ -1,5 +1,7 @@
 """The agent on a device: a small always-on link process, and a trainer process only while there is training to do.
 
+With `serve` applications on the device ask its personal model (serving/), by a process that lives while they do.
+
 The link owns the connection, the client's state machine and its state on disk; it imports neither torch nor
 onnxruntime and rests below 40 MB. `fedeq agent run` checks settings, data and solver and then becomes this program
 (`python -m fedeq_edge.agent SETTINGS SAMPLES`), so that what checking needed is not carried along.
@@ -43,6 +45,7 @@ from fedeq_edge.protocol.actions import (
     Train,
 )
 from fedeq_edge.protocol.client import Client, Identity, Usage
+from fedeq_edge.serving.listener import Listener
 from fedeq_edge.settings import AgentSettings
 from fedeq_edge.storage.client import ClientFolder
 from fedeq_edge.storage.files import locked
@@ -189,6 +192,8 @@ class Agent:
         self._shown: dict[str, object] = {}
         self._watchdog_s = health.watchdog_s()
         self._fed_at = -math.inf
+        place = chosen.answers_at(path)
+        self._answers = None if place is None else Listener(place, self._folder, idle_s=chosen.trainer_idle_s)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -203,6 +208,8 @@ class Agent:
                 self._step()
         finally:
             health.notify("STOPPING=1")
+            if self._answers is not None:
+                self._answers.stop()
             if self._trainer is not None:
                 self._trainer.end()
             self._transport.stop(self._farewell())

@@ -23,6 +23,7 @@ from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.protocol.schedule import Schedule
+from fedeq_edge.serving.address import Address, parse_address
 from fedeq_edge.training.step import Plan
 from fedeq_edge.transport.mqtt import Endpoint
 from fedeq_edge.wire import coding
@@ -57,8 +58,10 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     device: its id. federation: which one it joins. data: npz with x, y and an optional split. state: folder for what
     must survive a restart. profile: board profile out of devices/ (limits; with emulate = true also its speed).
-    trainer_idle_s: the trainer process ends after so long without work. workers: where the federation has so many
-    workers, named FEDERATION-0, FEDERATION-1, ...: the device goes to the one that its id hashes to.
+    trainer_idle_s: the trainer process, and the one that answers applications, end after so long without work.
+    workers: where the federation has so many workers, named FEDERATION-0, FEDERATION-1, ...: the device goes to the one
+    that its id hashes to. serve: where applications on this device ask its personal model over HTTP: the path of a unix
+    socket, or 127.0.0.1:PORT (devices/README.md); empty: nowhere.
     """
 
     device: str
@@ -69,11 +72,13 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     emulate: bool = False
     trainer_idle_s: float = 60.0
     workers: int = 0
+    serve: str = ""
     broker: BrokerSettings = msgspec.field(default_factory=BrokerSettings)
 
     def __post_init__(self) -> None:
         check_identifier(self.device, "device")
         check_identifier(self.joins, "federation")
+        parse_address(self.serve)
         if self.workers < 0:
             raise ConfigError(f"workers is {self.workers}; give their number, or leave it out")
 
@@ -83,6 +88,13 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         if not self.workers:
             return self.federation
         return f"{self.federation}-{zlib.crc32(self.device.encode()) % self.workers}"
+
+    def answers_at(self, base: Path) -> Address | None:
+        """Where applications ask, None for nowhere. base: the settings file."""
+        if not self.serve:
+            return None
+        found = parse_address(self.serve)
+        return found if found.path is None else Address(resolve(base, self.serve), None)
 
 
 class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

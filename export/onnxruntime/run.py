@@ -1,9 +1,10 @@
 """Answer with an exported fedeq-edge model: needs onnxruntime and numpy, nothing else.
 
     python -m pip install onnxruntime numpy
-    python run.py model.onnx samples.npy [--max-iter K] [--tol T]
+    python run.py model.onnx samples.npy [--max-iter K] [--tol T] [--check logits.npy]
 
-samples.npy: one sample or a batch of them. One line of JSON per sample on stdout.
+samples.npy: one sample or a batch of them. One line of JSON per sample on stdout. --check: stored logits of the same
+samples; exit 1 where ours differ by more than 1e-5 of the largest of them.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import numpy as np
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # has to be set before onnxruntime is loaded
 import onnxruntime
 
+AGREEMENT = 1e-5
+
 
 def main() -> int:
     """Print one answer per sample; exit 1 with one line where the input does not fit."""
@@ -25,12 +28,13 @@ def main() -> int:
     try:
         session = onnxruntime.InferenceSession(str(options.model), providers=["CPUExecutionProvider"])
         answer = _answer(session, np.load(options.samples, allow_pickle=False).astype(np.float32), options)
+        logits = np.stack([line.pop("logits") for line in answer])
+        for line in answer:
+            print(json.dumps(line))
+        return 0 if options.check is None or _agrees(logits, np.load(options.check, allow_pickle=False)) else 1
     except Exception as error:  # onnxruntime's exceptions share no base class below Exception
         print(f"run.py: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
-    for line in answer:
-        print(json.dumps(line))
-    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -39,10 +43,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("samples", type=Path, help="an .npy file: one sample or a batch")
     parser.add_argument("--max-iter", type=int, help="most iterations of the solver (default: the file's)")
     parser.add_argument("--tol", type=float, help="relative residual at which a sample stops (default: the file's)")
+    parser.add_argument("--check", type=Path, help="an .npy file: logits to compare with")
     return parser.parse_args()
 
 
-def _answer(session: Any, x: Any, options: argparse.Namespace) -> list[dict[str, object]]:
+def _answer(session: Any, x: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     shape = tuple(session.get_inputs()[0].shape[1:])
     x = x[None] if x.shape == shape else x
     if x.shape[1:] != shape:
@@ -58,9 +63,18 @@ def _answer(session: Any, x: Any, options: argparse.Namespace) -> list[dict[str,
             "label": labels[int(logits.argmax())] if np.isfinite(logits).all() else None,
             "iterations": int(count),
             "residual": float(residual) if np.isfinite(residual) else None,  # JSON has no infinity
+            "logits": logits,
         }
         for logits, count, residual in rows
     ]
+
+
+def _agrees(logits: Any, stored: Any) -> bool:
+    if logits.shape != stored.shape:
+        raise ValueError("the stored logits have another shape")
+    difference = float(np.abs(logits - stored).max())
+    print(f"largest difference from the stored logits: {difference:g}", file=sys.stderr)
+    return bool(difference <= AGREEMENT * np.abs(stored).max())
 
 
 if __name__ == "__main__":

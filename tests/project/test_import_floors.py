@@ -16,7 +16,7 @@ FLOORS = {
     1: ("deq", "consensus", "masking", "wire", "data"),
     2: ("training", "hardware", "protocol"),
     3: ("transport", "onnx", "storage", "modelfile", "orders", "provision", "health"),
-    4: ("settings", "logs", "agent", "trainer", "updater", "gateway", "audit", "chaos", "report", "demo"),
+    4: ("settings", "logs", "serving", "agent", "trainer", "updater", "gateway", "audit", "chaos", "report", "demo"),
     5: ("cli", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+MADE = {"__pycache__", "node_modules"}
+COMPILED = Path("export/cpp/run")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,14 @@ def test_the_wheel_has_one_package_and_nothing_else_at_the_top(wheel: zipfile.Zi
 
 @pytest.mark.parametrize("folder", ["devices", "broker", "export"])
 def test_what_users_take_with_them_travels_as_package_data(wheel: zipfile.ZipFile, folder: str) -> None:
-    committed = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.is_file()}
+    found = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
+    committed = {str(path) for path in found if MADE.isdisjoint(path.parts) and path != COMPILED}
     assert committed
-    assert {f"fedeq_edge/_kit/{name}" for name in committed if "__pycache__" not in name} <= set(wheel.namelist())
+    assert {f"fedeq_edge/_kit/{name}" for name in committed} <= set(wheel.namelist())
+
+
+def test_what_users_make_of_it_stays_at_home(wheel: zipfile.ZipFile) -> None:
+    assert not [name for name in wheel.namelist() if MADE & set(Path(name).parts)]
 
 
 def test_types_and_templates_travel_too(wheel: zipfile.ZipFile) -> None:

@@ -11,6 +11,7 @@ from fedeq_edge import settings
 from fedeq_edge.consensus.methods import METHODS
 from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.errors import ConfigError
+from fedeq_edge.serving.address import Address
 from fedeq_edge.settings import AgentSettings, AggregatorSettings, BrokerSettings
 
 AGENT = 'device = "pi"\nfederation = "farm"\ndata = "data.npz"\n'
@@ -273,3 +274,16 @@ def test_a_device_goes_to_the_worker_that_its_id_hashes_to(tmp_path: Path) -> No
 
 def test_a_device_of_a_federation_without_workers_joins_that(tmp_path: Path) -> None:
     assert settings.load(written(tmp_path, AGENT), AgentSettings).joins == "farm"
+
+
+def test_a_place_to_ask_is_relative_to_its_file_and_nowhere_by_default(tmp_path: Path) -> None:
+    path = written(tmp_path, AGENT + 'serve = "infer.sock"\n')
+    assert settings.load(path, AgentSettings).answers_at(path) == Address(tmp_path / "infer.sock", None)
+    options = {"serve": "127.0.0.1:8471"}
+    assert settings.load(path, AgentSettings, options=options).answers_at(path) == Address(None, 8471)
+    path = written(tmp_path, AGENT)
+    assert settings.load(path, AgentSettings).answers_at(path) is None
+
+
+def test_a_place_on_the_network_is_refused(tmp_path: Path) -> None:
+    assert "stay on this device" in refusal(written(tmp_path, AGENT + 'serve = "0.0.0.0:80"\n'))

@@ -1,0 +1,210 @@
+"""The newest personal model of a state folder, and what it answers.
+
+personal.fedeq is what the agent writes at the end of a federation: dense ones are answered by numpy. personal.onnx is
+what `fedeq model export` makes of it: onnxruntime answers, convolutional ones too. The newer of the two that can be
+answered here answers; it is looked at with every request and loaded again when it has changed.
+"""
+
+import dataclasses
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedeq_edge import modelfile
+from fedeq_edge.deq.numeric import Inference, NumpyDEQ
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.deq.wellposed import Certificate, certificate
+from fedeq_edge.errors import ConfigError, DataError, ExportError, FedEqError, StateError
+from fedeq_edge.onnx.recipe import load_recipe
+from fedeq_edge.storage import finite
+from fedeq_edge.training.curve import ANSWERED_AT_ONCE, Engine, Samples
+from fedeq_edge.training.step import LARGEST_BUDGET
+
+log = logging.getLogger(__name__)
+
+NAMES: Final = ("personal.onnx", "personal.fedeq")
+# A sensor asks for one, a day's backlog comes in parts: bounds how long one request holds a processor.
+MOST_SAMPLES: Final = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A loaded model: its engine, the defaults of a request, and what it tells of itself.
+
+    certify: what is proven after so many evaluations, None where nothing is.
+    """
+
+    engine: Engine
+    input_shape: tuple[int, ...]
+    labels: tuple[str, ...]
+    budget: int
+    tol: float
+    facts: Mapping[str, object]
+    certify: Callable[[int], Certificate | None]
+
+    def answer(self, x: Samples, *, budget: int | None, tol: float | None) -> dict[str, object]:
+        """For JSON: one answer per sample of x, one sample of `input_shape` or a batch; what was asked; the model.
+
+        Raises DataError for another shape or too many samples, ConfigError for a budget or tol out of range.
+        """
+        most = self.budget if budget is None else budget
+        accuracy = self.tol if tol is None else tol
+        if not 1 <= most <= LARGEST_BUDGET or not accuracy >= 0.0:
+            raise ConfigError(f"budget {most} must be 1 to {LARGEST_BUDGET} and tol {accuracy} at least 0")
+        batch = self._batch(x)
+        parts = (batch[at : at + ANSWERED_AT_ONCE] for at in range(0, len(batch), ANSWERED_AT_ONCE))
+        answers = [
+            self._row(*row)
+            for part in parts
+            for row in _rows(self.engine.infer(part, budget=most, tol=accuracy or None))
+        ]
+        return {"answers": answers, "budget": most, "tol": accuracy, "model": self.facts}
+
+    def _batch(self, x: Samples) -> Samples:
+        batch = x[None] if x.shape == self.input_shape else x
+        if batch.shape[1:] != self.input_shape:
+            raise DataError(f"samples have shape {x.shape}, expected (batch, {', '.join(map(str, self.input_shape))})")
+        if len(batch) > MOST_SAMPLES:
+            raise DataError(f"{len(batch)} samples at once; send at most {MOST_SAMPLES}")
+        return batch
+
+    def _row(self, logits: NDArray[np.floating], evaluations: np.int64, residual: np.floating) -> object:
+        known = bool(np.isfinite(logits).all())
+        return finite(
+            {
+                "label": self.labels[int(logits.argmax())] if known else None,
+                "logits": logits.tolist(),
+                "evaluations": int(evaluations),
+                "residual": float(residual),
+                "certificate": msgspec.to_builtins(self.certify(int(evaluations))) if known else None,
+            }
+        )
+
+
+class Newest:
+    """Whatever is the newest model in the folder `state` at the moment; threads may share it."""
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        self._lock = threading.Lock()
+        self._stamp: tuple[object, ...] = ()
+        self._model: Model | None = None
+
+    def model(self) -> Model:
+        """The newest that can be answered. Raises StateError without any, or what keeps the newest from answering."""
+        with self._lock:  # one loads, the others wait for it
+            found = sorted(_found(self._state), reverse=True)
+            stamp = tuple(found)
+            if self._model is None or stamp != self._stamp:
+                self._model, self._stamp = None, stamp  # the old one makes room first
+                self._model = _first_that_loads([path for _, path, *_ in found], self._state)
+            return self._model
+
+
+def _found(state: Path) -> Iterator[tuple[int, Path, int, int]]:
+    """(time of the last change, path, inode, size) of the model files there are."""
+    for path in (state / name for name in NAMES):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        yield status.st_mtime_ns, path, status.st_ino, status.st_size
+
+
+def _first_that_loads(paths: list[Path], state: Path) -> Model:
+    errors: list[FedEqError] = []
+    for path in paths:
+        try:
+            model = _exported(path) if path.suffix == ".onnx" else _personal(path)
+        except FedEqError as error:
+            log.warning("cannot answer with this model", extra={"reason": str(error)})
+            errors.append(error)
+        else:
+            log.info("answering", extra={"model": str(path)})
+            return model
+    if errors:
+        raise errors[0]
+    raise StateError(
+        f"no personal model in {state} yet: the device makes one when its federation ends; "
+        f"a {NAMES[0]} that is put there serves, too"
+    )
+
+
+def _personal(path: Path) -> Model:
+    found = modelfile.read(path)
+    if found.spec.spatial:
+        raise ExportError(
+            f"{path} is convolutional, which numpy does not answer: run fedeq model export {path} "
+            f"--out {path.with_suffix('.onnx')}"
+        )
+    return Model(
+        engine=NumpyDEQ(found.spec, found.theta, found.head),
+        input_shape=found.spec.input_shape,
+        labels=found.labels or tuple(map(str, range(found.spec.classes))),
+        budget=found.budget.forward,
+        tol=load_recipe().tol,
+        facts={"file": path.name, "run": found.run, "round": found.round, "device": found.device},
+        certify=_certifier(found.theta, found.spec),
+    )
+
+
+def _certifier(theta: NDArray[np.float32], spec: ModelSpec) -> Callable[[int], Certificate | None]:
+    # A spectral rate takes a decomposition, and a batch asks for the same few counts over and over.
+    return functools.lru_cache(maxsize=64)(lambda evaluations: certificate(theta, spec, evaluations))
+
+
+def _exported(path: Path) -> Model:
+    from fedeq_edge.onnx.runtime import Predictor  # noqa: PLC0415  # onnxruntime only where needed
+
+    predictor = Predictor(path)
+    told = predictor.metadata
+    return Model(
+        engine=_OnnxEngine(predictor),
+        input_shape=predictor.input_shape,
+        labels=predictor.labels,
+        budget=predictor.budget,
+        tol=predictor.tol,
+        facts={"file": path.name, "round": int(told["fedeq.round"]), "weights_sha256": told["fedeq.weights_sha256"]},
+        certify=_stored_certificate(told),
+    )
+
+
+def _stored_certificate(metadata: Mapping[str, str]) -> Callable[[int], Certificate | None]:
+    """What the file says of its own count K0 of evaluations, for any other K.
+
+    The bound is scale (gamma^(K + 1) + rounding), so gamma^(K - K0) times the one of K0 holds before K0, if not quite
+    as tight, and the one of K0 from there on.
+    """
+    text = metadata.get("fedeq.certificate")
+    if text is None:
+        return lambda _: None
+    own = msgspec.json.decode(text, type=Certificate)
+
+    def proven(evaluations: int) -> Certificate:
+        factor: float = own.gamma ** min(0, evaluations - own.evaluations)
+        return dataclasses.replace(own, evaluations=evaluations, bound=own.bound * factor)
+
+    return proven
+
+
+class _OnnxEngine:
+    """An exported model behind the interface of the others."""
+
+    def __init__(self, predictor: Any) -> None:  # its class is known where onnxruntime is
+        self._predictor = predictor
+
+    def infer(self, x: Samples, *, budget: int, tol: float | None = None) -> Inference:
+        found = self._predictor.infer(x, budget=budget, tol=tol or 0.0)
+        return Inference(logits=found.logits, evaluations=found.iterations, residual=found.residual)
+
+
+def _rows(found: Inference) -> Iterator[tuple[NDArray[np.floating], np.int64, np.floating]]:
+    yield from zip(found.logits, found.evaluations, found.residual, strict=True)
