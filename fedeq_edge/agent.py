@@ -37,6 +37,7 @@ from fedeq_edge.protocol.actions import (
     Configure,
     Finished,
     Keep,
+    KeepGraph,
     Note,
     Personalise,
     Publish,
@@ -45,10 +46,12 @@ from fedeq_edge.protocol.actions import (
     Train,
 )
 from fedeq_edge.protocol.client import Client, Identity, Usage
+from fedeq_edge.protocol.graphs import GRAPH_LIMIT_BYTES
 from fedeq_edge.serving.listener import Listener
 from fedeq_edge.settings import AgentSettings
 from fedeq_edge.storage.client import ClientFolder
 from fedeq_edge.storage.files import locked
+from fedeq_edge.storage.graphs import GraphFolder
 from fedeq_edge.storage.status import write_status
 from fedeq_edge.training import exchange
 from fedeq_edge.training.step import Personal, Plan
@@ -61,6 +64,7 @@ from fedeq_edge.wire.topics import Topics
 log = logging.getLogger("fedeq_edge.agent")  # __name__ is "__main__" when run as a program
 
 PERSONAL: Final = "personal.fedeq"
+GRAPH: Final = "training.onnx"
 _TICK_S: Final = 2.0  # retries are 10 s apart; a device at rest should hardly wake
 _TRAINER_END_S: Final = 5.0
 # A trainer plans for the deadline; one that needs three of them hangs. Never less than a slow board's start of torch.
@@ -169,7 +173,15 @@ class Agent:
             emulated=chosen.emulate,
             data_age_s=data_age_s,
         )
-        self._client = Client(identity, self._topics, self._store.load(), codecs=(*coding.CODECS, *masked.features()))
+        folders = [settings.resolve(path, folder) for folder in chosen.graphs]
+        self._graphs = GraphFolder(self._folder / GRAPH, folders, limit_bytes=GRAPH_LIMIT_BYTES)
+        self._client = Client(
+            identity,
+            self._topics,
+            self._store.load(),
+            codecs=(*coding.CODECS, *masked.features()),
+            holds_graph=self._holds_graph if chosen.backend == "onnx" else None,
+        )
         self._transport = MqttTransport(
             chosen.broker.endpoint(path),
             f"{chosen.joins}-{chosen.device}",
@@ -285,10 +297,15 @@ class Agent:
 
     def _setup(self) -> exchange.Setup:
         assert self._manifest is not None
+        name = self._manifest.graph if self._settings.backend == "onnx" else None
+        graph = None if name is None else self._graphs.find(name.sha256)
         return exchange.Setup(
             spec=msgspec.convert(self._manifest.model, ModelSpec),
             plan=msgspec.convert(self._manifest.plan, Plan),
             method=msgspec.convert(self._manifest.method, Method),
+            backend=self._settings.backend,
+            graph="" if graph is None else str(graph),
+            graph_sha256=b"" if name is None else name.sha256,
             data=str(self._data),
             cache=str(self._folder / "calibration"),
             profile=self._settings.profile,
@@ -296,6 +313,9 @@ class Agent:
             shared=self._settings.emulate,
             seed=self._manifest.seed,
         )
+
+    def _holds_graph(self, sha256: bytes) -> bool:
+        return self._graphs.find(sha256) is not None
 
     def _watch_trainer(self, now: float) -> None:
         if self._trainer is not None and self._trainer.overdue(now):
@@ -331,6 +351,8 @@ class Agent:
                 self._publish(action)
             elif isinstance(action, Save | Keep | Settle):
                 self._store.write(action)
+            elif isinstance(action, KeepGraph):
+                self._graphs.keep(action.graph)
             elif isinstance(action, Note):
                 log.info(action.event, extra=dict(action.facts))
             elif isinstance(action, Configure):

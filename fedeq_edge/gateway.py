@@ -20,17 +20,18 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from fedeq_edge import orders, settings
+from fedeq_edge import backends, orders, settings
 from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.consensus.privacy import Accountant
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.layout import constraints
-from fedeq_edge.errors import StateError, TransportError
-from fedeq_edge.hardware.memory import keep_heap, peak_rss_bytes
+from fedeq_edge.errors import ExportError, StateError, TransportError
+from fedeq_edge.hardware.memory import give_back, keep_heap, peak_rss_bytes
 from fedeq_edge.protocol import masked
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Note, Publish, Record, Snapshot, Store
 from fedeq_edge.protocol.aggregator import Aggregator, new_state
 from fedeq_edge.protocol.federation import Federation
+from fedeq_edge.protocol.graphs import GRAPH_LIMIT_BYTES
 from fedeq_edge.protocol.tree import Root
 from fedeq_edge.settings import AggregatorSettings
 from fedeq_edge.storage import AggregatorFolder, locked
@@ -73,8 +74,11 @@ def start_of(chosen: AggregatorSettings) -> Vector:
     return theta if chosen.resolved_method().heads == "personal" else np.concatenate([theta, head])
 
 
-def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Aggregator:
-    """The machine as the folder remembers it, or a new federation. Raises StateError where they do not fit."""
+def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder, graph: bytes = b"") -> Aggregator:
+    """The machine as the folder remembers it, or a new federation. Raises StateError where they do not fit.
+
+    graph: what its devices train by where they have no torch, empty for none.
+    """
     federation, sets = federation_of(chosen), constraints(chosen.model)
     method, privacy = federation.method, federation.privacy
     saved = folder.snapshot()
@@ -98,6 +102,7 @@ def open_aggregator(chosen: AggregatorSettings, folder: AggregatorFolder) -> Agg
         state=state,
         find_blob=folder.find,
         key=b"" if privacy is None else folder.privacy_key(),
+        graph=graph,
     )
 
 
@@ -127,6 +132,20 @@ def _identity(federation: Federation) -> bytes:
     if federation.masking is not None:
         fixed = (*fixed, federation.masking)
     return hashlib.sha256(msgspec.json.encode(fixed)).digest()
+
+
+def _training_graph(chosen: AggregatorSettings) -> bytes:
+    """What devices without torch train by, the same from every start of this version; empty where none can be made."""
+    try:
+        graph = backends.build_graph(chosen.model)
+    except ExportError as error:
+        log.warning("no training graph: devices that train without torch cannot", extra={"reason": str(error)})
+        return b""
+    if len(graph) > GRAPH_LIMIT_BYTES:
+        log.warning("the training graph is larger than devices take", extra={"bytes": len(graph)})
+        return b""
+    give_back()  # 14 of the 18 MB that building takes
+    return graph
 
 
 def _check_extras(federation: Federation) -> None:
@@ -163,8 +182,7 @@ class Gateway:
             signal.signal(number, lambda *_: self._inbox.put(None))
         with locked(self._place):
             self._folder = AggregatorFolder(self._place, audit=self._settings.audit)
-            opened = open_root if self._settings.workers else open_aggregator
-            self._machine: Aggregator | Root = opened(self._settings, self._folder)
+            self._machine: Aggregator | Root = self._open()
             if self._machine.state.status == "finished":
                 log.warning("this federation has finished; another one needs another state folder")
                 return True
@@ -178,6 +196,11 @@ class Gateway:
                 self._transport.stop(self._farewell())
                 self._write_status()
         return self._finished
+
+    def _open(self) -> Aggregator | Root:
+        if self._settings.workers:
+            return open_root(self._settings, self._folder)
+        return open_aggregator(self._settings, self._folder, _training_graph(self._settings))
 
     def _come_back(self) -> None:
         if isinstance(self._machine, Aggregator):

@@ -24,7 +24,7 @@ from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.serving.address import Address, parse_address
-from fedeq_edge.training.step import Plan
+from fedeq_edge.training.step import BackendName, Plan
 from fedeq_edge.transport.mqtt import Endpoint
 from fedeq_edge.wire import coding
 from fedeq_edge.wire.coding import Codec
@@ -58,10 +58,11 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     device: its id. federation: which one it joins. data: npz with x, y and an optional split. state: folder for what
     must survive a restart. profile: board profile out of devices/ (limits; with emulate = true also its speed).
-    trainer_idle_s: the trainer process, and the one that answers applications, end after so long without work.
-    workers: where the federation has so many workers, named FEDERATION-0, FEDERATION-1, ...: the device goes to the one
-    that its id hashes to. serve: where applications on this device ask its personal model over HTTP: the path of a unix
-    socket, or 127.0.0.1:PORT (devices/README.md); empty: nowhere.
+    backend: what trains, torch or onnxruntime ("onnx") by a graph that the aggregator has made. graphs: folders where
+    such graphs may lie already, as *.onnx. trainer_idle_s: the trainer process, and the one that answers applications,
+    end after so long without work. workers: where the federation has so many workers, named FEDERATION-0, FEDERATION-1,
+    ...: the device goes to the one that its id hashes to. serve: where applications on this device ask its personal
+    model over HTTP: the path of a unix socket, or 127.0.0.1:PORT (devices/README.md); empty: nowhere.
     """
 
     device: str
@@ -70,6 +71,8 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     state: str = "state"
     profile: str = ""
     emulate: bool = False
+    backend: BackendName = "torch"
+    graphs: tuple[str, ...] = ()
     trainer_idle_s: float = 60.0
     workers: int = 0
     serve: str = ""

@@ -1,4 +1,4 @@
-"""The trainer process: torch, one device's data, requests on stdin, replies on stdout (training/exchange.py).
+"""The trainer process: a backend, one device's data, requests on stdin, replies on stdout (training/exchange.py).
 
 Run by the agent as `python -m fedeq_edge.trainer`; it ends at once when its stdin is closed, even while it trains:
 nobody waits for the result, and an agent that was killed and comes back would otherwise hold two of them in memory.
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
-import torch
 
 from fedeq_edge import storage
+from fedeq_edge.backends import dedicate_process, open_backend
 from fedeq_edge.data.npz import load_client
 from fedeq_edge.deq.initial import initial
-from fedeq_edge.errors import FedEqError
+from fedeq_edge.errors import FedEqError, StateError
 from fedeq_edge.hardware.clock import DeviceClock
 from fedeq_edge.hardware.memory import keep_heap, peak_rss_bytes
 from fedeq_edge.hardware.profiles import DeviceLimits, load_profile
@@ -37,8 +37,8 @@ from fedeq_edge.training.exchange import (
     read_request,
     write,
 )
+from fedeq_edge.training.learner import Learner
 from fedeq_edge.training.step import Calibration
-from fedeq_edge.training.torch_step import TorchLearner
 
 # A board without a profile: the temperature at which most SoCs begin to throttle.
 _UNKNOWN_BOARD = DeviceLimits(hot_c=80.0)
@@ -47,8 +47,6 @@ _UNKNOWN_BOARD = DeviceLimits(hot_c=80.0)
 def main() -> None:
     """Answer requests until the link closes the pipe."""
     requests, replies = sys.stdin.buffer, _own_stdout()
-    torch.set_num_threads(1)  # models of this size lose by more, and a device has other work
-    torch.set_flush_denormal(True)
     keep_heap()
     arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests, arrived), name="requests", daemon=True).start()
@@ -67,7 +65,7 @@ def main() -> None:
 def _receive(requests: BinaryIO, arrived: "queue.SimpleQueue[Request]") -> None:
     while (request := read_request(requests)) is not None:
         arrived.put(request)
-    os._exit(0)  # the main thread may be deep in torch; replies are flushed and files are written atomically
+    os._exit(0)  # the main thread may be deep in a solve; replies are flushed and files are written atomically
 
 
 def _own_stdout() -> BinaryIO:
@@ -91,17 +89,19 @@ class Trainer:
     """A learner with the limits of its board."""
 
     def __init__(self, setup: Setup) -> None:
+        dedicate_process(setup.backend)
         board = load_profile(setup.profile) if setup.profile else None
         self._limits = board.limits if board else _UNKNOWN_BOARD
         cache = Path(setup.cache)
         plan = setup.plan
         # What a step's cost depends on; the penalty adds products to it.
-        made_of = (setup.spec, plan.batch, plan.budgets, plan.jacobian_penalty > 0.0, setup.slowdown)
+        penalised, by = plan.jacobian_penalty > 0.0, (setup.backend, setup.graph_sha256.hex())
+        made_of = (setup.spec, plan.batch, plan.budgets, penalised, setup.slowdown, by)
         name = hashlib.sha256(msgspec.json.encode(made_of))
         self._cache = cache.with_name(f"{cache.name}-{name.hexdigest()[:12]}")
         known = storage.load(self._cache, Calibration)
-        self.learner = TorchLearner(
-            setup.spec,
+        self.learner = Learner(
+            open_backend(setup.backend, setup.spec, plan, graph=_graph(setup)),
             load_client(Path(setup.data)),
             setup.plan,
             setup.method,
@@ -128,6 +128,23 @@ class Trainer:
         """The personal model."""
         head = request.head if request.head.size else self.learner.initial_head()
         return Fitted(personal=self.learner.personalise(request.z, head), rss_peak=peak_rss_bytes())
+
+
+def _graph(setup: Setup) -> bytes:
+    """The training graph, as the federation has announced it: nobody parses another. Empty where none is needed."""
+    if not setup.graph:
+        return b""
+    path = Path(setup.graph)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StateError(f"training graph {path} cannot be read: {error.strerror}; check its owner and disk") from error
+    if hashlib.sha256(content).digest() != setup.graph_sha256:
+        raise StateError(
+            f"training graph {path} has another sha256 than the federation announces; it is fetched anew with the "
+            "next round"
+        )
+    return content
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def trained(digits: ClientData) -> DEQ:
         descent = Descent(model, PLAN, rate=learning_rate(PLAN, number), pull=None, frozen_head=False)
         for rows in rng.permutation(len(y)).reshape(-1, PLAN.batch):
             forward = int(rng.choice(PLAN.budgets))
-            descent.step(as_drawn(x[rows]), y[rows], Budget(forward=forward, adjoint=max(1, forward // 2)))
+            descent.step(
+                as_drawn(x[rows]).numpy(), y[rows].numpy(), Budget(forward=forward, adjoint=max(1, forward // 2))
+            )
     return model
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,12 +23,19 @@ Config = Annotated[Path, typer.Option(help="Settings of this device.")]
 
 
 @app.command(epilog=EXAMPLE)
-def run(config: Config = Path("agent.toml")) -> None:
+def run(
+    config: Config = Path("agent.toml"),
+    backend: Annotated[
+        Literal["torch", "onnx"] | None, typer.Option(help="What trains, instead of the settings' backend.")
+    ] = None,
+) -> None:
     """Join the federation and take part in its rounds until SIGTERM.
 
     Settings, data and the solver are checked first; then this process becomes the small link process of the agent,
     which tells systemd that it is ready.
     """
+    if backend is not None:
+        os.environ[f"{settings.PREFIX}BACKEND"] = backend  # the program that this becomes reads its settings itself
     chosen = settings.load(config, AgentSettings)
     chosen.broker.endpoint(config)
     samples = len(load_client(settings.resolve(config, chosen.data)).y_train)

@@ -1,5 +1,6 @@
 """fedeq aggregator: the program on a gateway."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +11,11 @@ from rich.table import Table
 
 from fedeq_edge import audit as audits
 from fedeq_edge import orders, settings
+from fedeq_edge.backends import build_graph
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.gateway import Gateway
 from fedeq_edge.settings import AggregatorSettings
-from fedeq_edge.storage import history
+from fedeq_edge.storage import history, write_atomically
 
 app = typer.Typer(help="The aggregator on a gateway.", no_args_is_help=True, rich_markup_mode=None)
 Device = Annotated[str, typer.Argument(help="Id of the device.")]
@@ -39,6 +41,20 @@ def status(
         typer.echo(json.dumps(current))
     else:
         _show(current, history(folder))
+
+
+@app.command(epilog="Example: fedeq aggregator graph --config aggregator.toml --out plant.onnx")
+def graph(
+    config: Config = Path("aggregator.toml"),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("training.onnx"),
+) -> None:
+    """Write the graph by which this federation's devices train without torch, for bundles and updates.
+
+    Nobody needs it who has a broker: the running aggregator gives it to every device that asks.
+    """
+    content = build_graph(settings.load(config, AggregatorSettings).model)
+    write_atomically(out, content)
+    typer.echo(f"{out}: {len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()}", err=True)
 
 
 @app.command(epilog="Example: fedeq aggregator deny pi-17 --config aggregator.toml")

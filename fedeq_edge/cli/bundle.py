@@ -33,7 +33,7 @@ def build(
     device: Annotated[str | None, typer.Option(help="Device of the fleet: its board, with its agent.toml.")] = None,
     profile: Annotated[str | None, typer.Option(help="Board; `fedeq device list` shows them.")] = None,
     python: Annotated[str | None, typer.Option(help="Minor version of the board's python3; else its usual.")] = None,
-    extra: Annotated[Literal["torch"] | None, typer.Option("--with", help="Also torch, for training.")] = None,
+    extra: Annotated[Literal["torch"] | None, typer.Option("--with", help="Also torch, to train by it.")] = None,
     model: Annotated[list[Path] | None, typer.Option(help="A .fedeq or .onnx to take along; repeat for more.")] = None,
     wheelhouse: Annotated[Path | None, typer.Option(help="Folder of wheels to use instead of the network.")] = None,
     folder: Folder = None,
@@ -43,7 +43,7 @@ def build(
     """Build the bundle of a board: packages for it, units, models and the installer; same inputs, same bytes."""
     started = time.perf_counter()
     fleet = _fleet(folder)
-    board, config = _board(fleet, device, profile)
+    board, config = _board(fleet, device, profile, torch=extra == "torch")
     spec = bundles.BundleSpec(
         platform=platform_of(load_profile(board), python),
         out=out or (fleet.folder / "bundles" if fleet else Path()),
@@ -116,7 +116,7 @@ def _fleet(folder: Path | None) -> Fleet | None:
     return Fleet.open(folder or _HERE)
 
 
-def _board(fleet: Fleet | None, device: str | None, profile: str | None) -> tuple[str, bytes]:
+def _board(fleet: Fleet | None, device: str | None, profile: str | None, *, torch: bool) -> tuple[str, bytes]:
     """Board and agent.toml: of a device of the fleet, or of a board by its name, which has none."""
     if device is not None and profile is not None:
         raise ConfigError(f"fleet.toml says what board device {device} is; leave out --profile {profile}")
@@ -129,7 +129,7 @@ def _board(fleet: Fleet | None, device: str | None, profile: str | None) -> tupl
             f"device {device} belongs to no fleet here; make one with `fedeq fleet init`, or give --fleet"
         )
     known = fleet.device(device)
-    return known.profile, agent_toml(fleet.settings, device, known)
+    return known.profile, agent_toml(fleet.settings, device, known, torch=torch)
 
 
 def _facts(path: Path, manifest: Manifest) -> dict[str, Any]:

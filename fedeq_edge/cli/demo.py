@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -34,6 +34,7 @@ def demo(  # noqa: PLR0917  # typer calls it by name
     clients: Annotated[int | None, typer.Option(min=1, help="Only the first so many clients.")] = None,
     broker: Annotated[str, typer.Option(help="auto, mosquitto, embedded (amqtt), or an mqtt:// URL.")] = "auto",
     method: Annotated[str | None, typer.Option(help="Algorithm preset, such as admm, fedavg, fedper.")] = None,
+    backend: Annotated[Literal["torch", "onnx"], typer.Option(help="What trains: torch, or ONNX graphs.")] = "torch",
     codec: Annotated[str, typer.Option(help="How differences travel: f32, int8, int4+z, top5:int8, ...")] = "int8",
     seed: Annotated[int, typer.Option(help="Of the data split and the initial weights.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Empty or new folder; fedeq-demo, fedeq-demo-2, ... else.")] = None,
@@ -50,6 +51,7 @@ def demo(  # noqa: PLR0917  # typer calls it by name
         broker=broker,
         preset=method,
         codec=codec,
+        backend=backend,
         seed=seed,
         out=out,
     )

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fedeq_edge import modelfile
+from fedeq_edge.backends import build_graph, open_backend
 from fedeq_edge.deq.wellposed import certificate
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.hardware.budget import budget_of, choose, for_certificate, seconds_of, step_seconds
@@ -17,7 +18,8 @@ from fedeq_edge.hardware.probe import probe as probe_machine
 from fedeq_edge.hardware.probe import recognise
 from fedeq_edge.hardware.profiles import profiles
 from fedeq_edge.storage import finite
-from fedeq_edge.training.step import Calibration, Plan
+from fedeq_edge.training.cost import calibrate_model
+from fedeq_edge.training.step import BackendName, Calibration, Plan
 
 app = typer.Typer(help="This machine, and the boards that are known.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -34,6 +36,9 @@ def probe(
         float | None,
         typer.Option(min=1e-9, help="Also find the least budget proven to reach |z_K - z*| <= this."),
     ] = None,
+    backend: Annotated[
+        Literal["torch", "onnx"], typer.Option(help="What trains; onnx builds the model's graph, which needs onnx.")
+    ] = "torch",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Show cores, memory, CPU part, temperature, throttling, battery, limits, and the iteration budget of a model."""
@@ -45,7 +50,7 @@ def probe(
     if model is not None:
         watts = board.active_watts if board else None
         allowed_s = compute_s if energy_j is None else min(compute_s, seconds_of(energy_j, watts))
-        found["model"] = _measure(model, allowed_s, steps, accuracy)
+        found["model"] = _measure(model, allowed_s, steps, accuracy, backend)
     if as_json:
         typer.echo(json.dumps(finite(found)))
         return
@@ -55,12 +60,11 @@ def probe(
     Console(stderr=True).print(table)
 
 
-def _measure(path: Path, compute_s: float, steps: int, accuracy: float | None) -> dict[str, Any]:
+def _measure(path: Path, compute_s: float, steps: int, accuracy: float | None, backend: BackendName) -> dict[str, Any]:
     """Calibration of the model in `path` here, the budget that follows from it, and what is proven of its answers."""
-    from fedeq_edge.training.cost import calibrate_model  # noqa: PLC0415  # torch, only when it is asked for
-
     model, plan = modelfile.read(path), Plan(compute_s=compute_s)
-    calibration = calibrate_model(model.spec, plan)
+    graph = build_graph(model.spec) if backend == "onnx" else b""
+    calibration = calibrate_model(open_backend(backend, model.spec, plan, graph=graph), plan)
     allowance = choose(
         calibration, steps=steps, compute_s=compute_s, menu=plan.budgets, adjoint_ratio=plan.adjoint_ratio
     )

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from fedeq_edge import settings
+from fedeq_edge.backends import build_graph, open_backend
 from fedeq_edge.consensus.methods import method
 from fedeq_edge.data.npz import ClientData, describe, load_fleet, save_client
 from fedeq_edge.demo.summary import data_summary, export_models, read_status, summarise
@@ -28,9 +29,10 @@ from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.report.page import render
 from fedeq_edge.settings import AgentSettings, AggregatorSettings, BrokerSettings
 from fedeq_edge.storage import finite, history, write_atomically
+from fedeq_edge.training.cost import calibrate_model
 from fedeq_edge.training.recommend import recommend
 from fedeq_edge.training.schedule import steps_per_epoch
-from fedeq_edge.training.step import Plan
+from fedeq_edge.training.step import BackendName, Plan
 from fedeq_edge.transport import broker as ladder
 from fedeq_edge.transport.mqtt import without_secrets
 from fedeq_edge.wire.coding import Codec
@@ -42,7 +44,7 @@ _POLL_S: Final = 0.2
 # Neighbours on the same cores make a step dearer than it was for the demo alone, and a round also evaluates z.
 _MARGIN: Final = 1.35
 _LEAVE_S: Final = 15.0  # an agent finishes its step and says goodbye
-# More trainers at once would only wait for each other on a small machine, and each holds a torch in memory.
+# More trainers at once would only wait for each other on a small machine, and each holds its library in memory.
 _LARGEST_COHORT: Final = 30
 
 
@@ -87,7 +89,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a user chooses. rounds, preset: None takes what is recommended for the data."""
+    """What a user chooses. rounds, preset: None takes what is recommended for the data. backend: of all devices."""
 
     source: Source
     devices: int = 6
@@ -95,6 +97,7 @@ class Options:
     broker: str = "auto"
     preset: str | None = None
     codec: Codec = "int8"
+    backend: BackendName = "torch"
     seed: int = 0
     out: Path | None = None
 
@@ -139,7 +142,8 @@ def run(options: Options, view: View) -> dict[str, Any]:
     chosen = _federation(options, fleet)
     out = _folder(options.out)
     with ladder.running(options.broker, log=out / "broker.log") as broker:
-        _prepare(out, fleet, chosen, BrokerSettings(url=broker.endpoint.url, version=broker.endpoint.version))
+        address = BrokerSettings(url=broker.endpoint.url, version=broker.endpoint.version)
+        _prepare(out, fleet, chosen, address, options.backend)
         view.says(
             f"{f'{broker.kind} broker {broker.version}'.strip()} at {broker.endpoint.shown()}; "
             f"{len(fleet)} devices, each in its own process; everything is kept in {out}"
@@ -150,6 +154,7 @@ def run(options: Options, view: View) -> dict[str, Any]:
     exported = export_models(out, fleet)
     seconds.lap("export")
     summary = {
+        "backend": options.backend,
         "command": without_secrets(shlex.join(["fedeq", *sys.argv[1:]])),
         "data": data_summary(options.source.name, fleet),
         "seconds": dict(seconds.parts),
@@ -182,7 +187,7 @@ def _federation(options: Options, fleet: Mapping[str, ClientData]) -> Aggregator
     spec, plan, advised = recommend(summary.shape, summary.classes, shift=shift, scale=scale)
     chosen = advised if options.preset is None else method(options.preset)
     rounds = plan.rounds if options.rounds is None else options.rounds
-    compute_s = _time_to_train(spec, plan, max(len(data.y_train) for data in fleet.values()))
+    compute_s = _time_to_train(spec, plan, max(len(data.y_train) for data in fleet.values()), options.backend)
     count = len(fleet)
     return AggregatorSettings(
         federation=FEDERATION,
@@ -202,16 +207,15 @@ def _federation(options: Options, fleet: Mapping[str, ClientData]) -> Aggregator
     )
 
 
-def _time_to_train(spec: ModelSpec, plan: Plan, samples: int) -> float:
+def _time_to_train(spec: ModelSpec, plan: Plan, samples: int, backend: BackendName) -> float:
     """Device seconds for a round's training that leave the slowest of the boards the smallest budgets of the menu.
 
     It depends on this host, as the boards' speeds are relative to it; in the field it is a setting.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: a board is emulated on one core
-    from fedeq_edge.training.cost import calibrate_model  # noqa: PLC0415  # torch only where needed
-
+    opened = open_backend(backend, spec, plan, graph=build_graph(spec) if backend == "onnx" else b"")
     steps = plan.epochs * steps_per_epoch(samples, plan.batch)
-    step_s = mean_step_seconds(calibrate_model(spec, plan), sorted(plan.budgets)[:2], plan.adjoint_ratio)
+    step_s = mean_step_seconds(calibrate_model(opened, plan), sorted(plan.budgets)[:2], plan.adjoint_ratio)
     slowest = max(1.0 / load_profile(board).relative_speed for board in PROFILES)
     return _MARGIN * slowest * steps * step_s / PLANNED_SHARE
 
@@ -242,7 +246,13 @@ def _folder(wanted: Path | None) -> Path:
     return wanted.resolve()
 
 
-def _prepare(out: Path, fleet: Mapping[str, ClientData], chosen: AggregatorSettings, broker: BrokerSettings) -> None:
+def _prepare(
+    out: Path,
+    fleet: Mapping[str, ClientData],
+    chosen: AggregatorSettings,
+    broker: BrokerSettings,
+    backend: BackendName,
+) -> None:
     """Every process finds its settings and data, as in the field."""
     gateway = out / "aggregator"
     gateway.mkdir()
@@ -257,6 +267,7 @@ def _prepare(out: Path, fleet: Mapping[str, ClientData], chosen: AggregatorSetti
             data="data.npz",
             profile=PROFILES[number % len(PROFILES)],
             emulate=True,
+            backend=backend,
             trainer_idle_s=300.0,
             broker=broker,
         )

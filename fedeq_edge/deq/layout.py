@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedeq_edge.consensus.constraint import Constraint, MonotoneBound, RowBound, SpectralBound
 from fedeq_edge.deq.spec import CELL_KERNEL, ModelSpec
+from fedeq_edge.errors import ConfigError
 
 Shape = tuple[int, ...]
 
@@ -60,6 +61,23 @@ def size(layout: Layout) -> int:
 def cell_weight(spec: ModelSpec) -> Slot:
     """The slot of W, (channels, channels, *taps), in a contractive or monotone cell."""
     return next(slot for slot in theta_layout(spec) if slot.name == "cell.weight")
+
+
+def checked(name: str, vector: NDArray[np.floating], layout: Layout) -> NDArray[np.floating]:
+    """`vector`, if it holds one finite number for each place of `layout`. Raises ConfigError naming what does not."""
+    expected = (size(layout),)
+    if vector.shape != expected:
+        raise ConfigError(
+            f"model: {name} has shape {vector.shape}, this spec needs {expected}; was it made for another model?"
+        )
+    finite = np.isfinite(vector)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        slot = next(slot for slot in layout if first < slot.end)
+        raise ConfigError(
+            f"model: {name}: {slot.name} holds {vector[first]}; take the parameters of a round before it diverged"
+        )
+    return vector
 
 
 def constraints(spec: ModelSpec) -> tuple[Constraint, ...]:

@@ -16,13 +16,12 @@ from torch.nn import functional
 from fedeq_edge.consensus.constraint import project
 from fedeq_edge.deq.adjoints import Adjoint, AdjointReport, KTerm
 from fedeq_edge.deq.cell import LinearisableCell, MonotoneCell, build_cell, build_stem
-from fedeq_edge.deq.layout import Layout, constraints, head_layout, size, theta_layout
+from fedeq_edge.deq.layout import Layout, checked, constraints, head_layout, size, theta_layout
 from fedeq_edge.deq.method import Picard, Solver
 from fedeq_edge.deq.penalty import jacobian_penalty
 from fedeq_edge.deq.solution import Solution
 from fedeq_edge.deq.solvers import StepFunction, iterate, solve
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.errors import ConfigError
 
 
 class Budget(Protocol):
@@ -204,20 +203,9 @@ class DEQ(nn.Module):
 
 def _checked(name: str, vector: NDArray[np.floating], flat: Tensor, layout: Layout) -> Tensor:
     """`vector` in the dtype of `flat`. Raises ConfigError where it does not fit or is not finite."""
-    if vector.shape != flat.shape:
-        raise ConfigError(
-            f"model: {name} has shape {vector.shape}, this spec needs {tuple(flat.shape)}; "
-            "was it made for another model?"
-        )
-    fresh = torch.from_numpy(np.ascontiguousarray(vector)).to(flat.dtype)
-    finite = torch.isfinite(fresh)
-    if not bool(finite.all()):
-        first = int((~finite).nonzero()[0])
-        slot = next(slot for slot in layout if first < slot.end)
-        raise ConfigError(
-            f"model: {name}: {slot.name} holds {float(fresh[first])}; take the parameters of a round before it diverged"
-        )
-    return fresh
+    with np.errstate(over="ignore"):  # what overflows is named
+        fresh = np.ascontiguousarray(vector).astype(flat.numpy().dtype, copy=False)
+    return torch.from_numpy(checked(name, fresh, layout))
 
 
 def _bind(model: nn.Module, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -23,21 +23,11 @@ from fedeq_edge.errors import ConfigError, DataError, ExportError, SolverError
 from fedeq_edge.onnx.contract import FOUND, MOMENTS, SCHEMA_VERSION, SOLVER_GRAPH, STEP_SIZE
 from fedeq_edge.onnx.scan import scan
 from fedeq_edge.onnx.session import open_session
+from fedeq_edge.training.backend import DIVERGED_REMEDY, Pull
 
 Vector = NDArray[np.float32]
 Matrix = NDArray[np.float32]
 Array = NDArray[Any]
-
-DIVERGED_REMEDY = 'lower learning_rate or clip in the plan, or constrain the cell (cell = "contractive")'
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pull:
-    """What ADMM adds to the gradient: nu + kappa (w - z) on the first s numbers of w = [theta | head]. z, nu: (s,)."""
-
-    z: Vector
-    nu: Vector
-    kappa: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

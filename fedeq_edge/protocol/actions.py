@@ -57,6 +57,13 @@ class Settle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeepGraph:
+    """Write this training graph to disk, in the place of the one before: what is to be trained comes after."""
+
+    graph: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Configure:
     """The model, plan and seed to train with from here on, out of the manifest."""
 
@@ -86,7 +93,7 @@ class Finished:
     """The federation is over for us."""
 
 
-ClientAction = Publish | Note | Save | Keep | Settle | Configure | Train | Personalise | Finished
+ClientAction = Publish | Note | Save | Keep | Settle | KeepGraph | Configure | Train | Personalise | Finished
 
 
 # An aggregator's

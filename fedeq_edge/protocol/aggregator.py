@@ -40,6 +40,7 @@ from fedeq_edge.errors import ContributionError, RemoteWireError, StateError, Wi
 from fedeq_edge.protocol.actions import AggregatorAction, Record, Store
 from fedeq_edge.protocol.course import Course
 from fedeq_edge.protocol.federation import Federation
+from fedeq_edge.protocol.graphs import packed
 from fedeq_edge.protocol.intake import FindBlob, Intake
 from fedeq_edge.protocol.masked import FEATURE
 from fedeq_edge.protocol.outlet import Counters, Outlet
@@ -58,7 +59,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Aggregator:
-    """The machine. Every method takes the time in seconds of a monotonic clock and returns actions in order."""
+    """The machine. Every method takes the time in seconds of a monotonic clock and returns actions in order.
+
+    graph: what devices without torch train by (onnx/training.py), empty where there is none.
+    """
 
     federation: Federation
     consensus: Consensus
@@ -67,6 +71,7 @@ class Aggregator:
     state: AggregatorState
     find_blob: FindBlob = lambda _device, _round: None
     key: bytes = field(default=b"", repr=False)  # 32 secret bytes, of a private federation
+    graph: bytes = field(default=b"", repr=False)
     refusals: Counter[str] = field(default_factory=Counter)
     counters: Counters = field(default_factory=Counters)
     reports: dict[str, messages.Report] = field(default_factory=dict)
@@ -78,6 +83,7 @@ class Aggregator:
     _out: Outlet = field(init=False)
     _refusals: Refusals = field(init=False)
     _course: Course = field(init=False)
+    _graph: bytes = field(init=False, repr=False)  # as it travels
     _masked: "MaskedRounds | None" = None
     _downloads: Downloads = field(default_factory=Downloads)
 
@@ -90,7 +96,8 @@ class Aggregator:
         self._rounds = Rounds(self.federation, consensus, state, self._roster, self._published, self.key)
         self._intake = Intake(self.federation, consensus, state)
         self._uploads = Uploads(self._intake.limit_bytes)
-        self._out = Outlet(self.federation, consensus, state, self._published, self.counters)
+        name, self._graph = packed(self.graph)
+        self._out = Outlet(self.federation, consensus, state, self._published, self.counters, graph=name)
         self._refusals = Refusals(state, self._out, self.refusals)
         if self.federation.masking is not None:
             from fedeq_edge.protocol.masked_rounds import MaskedRounds  # noqa: PLC0415  # cryptography, where asked for
@@ -378,6 +385,10 @@ class Aggregator:
 
     def _on_fetch(self, device: str, fetch: messages.Fetch, now: float) -> None:
         if fetch.run != self.state.run:
+            return
+        if self._out.graph is not None and fetch.model == self._out.graph.transfer:
+            self._course.heard(device)
+            self._out.pieces(device, self._downloads.begin(device, self._graph, now))
             return
         birth = self._roster.birth(device)
         speaks = birth is not None and coding.choose((self.federation.down,), birth.codecs) is not None

@@ -12,9 +12,9 @@ In a masked round nothing is sent that tells of it alone (masked_device.py), and
 where that is missed, the next task says what has counted.
 Rule 5: no training with a dual that the aggregator does not hold: its task names the one that counts (`_agrees`).
 
-The consensus on its way in: fetching.py. The contribution on its way out: sending.py. What is remembered, and what of
-it the disk is told: ledger.py. What is said of us and our work: statements.py. This module takes events, and decides
-what is next (`_advance`).
+The consensus on its way in: fetching.py; the training graph: graphs.py. The contribution on its way out:
+sending.py. What is remembered, and what of it the disk is told: ledger.py. What is said of us and our work:
+statements.py. This module takes events, and decides what is next (`_advance`).
 """
 
 import math
@@ -29,6 +29,7 @@ from fedeq_edge.protocol import statements
 from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Personalise, Publish, Train
 from fedeq_edge.protocol.device_outlet import DeviceOutlet
 from fedeq_edge.protocol.fetching import Fetching
+from fedeq_edge.protocol.graphs import GraphFetching, HoldsGraph
 from fedeq_edge.protocol.ledger import Ledger
 from fedeq_edge.protocol.masked import FEATURE
 from fedeq_edge.protocol.sending import Sending
@@ -46,12 +47,18 @@ RETRY_S: Final = 10.0  # an aggregator that answers at all does so within a seco
 class Client:
     """The machine. Every event takes the time in seconds of a monotonic clock and returns actions in order.
 
-    codecs: what this device speaks, and what else it can, as its birth says it. link: the way to the aggregator.
+    codecs: what this device speaks, and what else it can, as its birth says it. holds_graph: whether a training graph
+    lies on its disk, None where its trainer needs none. link: the way to the aggregator.
     refusals: verdicts against us by code, and messages that were "malformed", since the start.
     """
 
     def __init__(
-        self, identity: Identity, topics: Topics, state: ClientState, codecs: tuple[str, ...] = coding.CODECS
+        self,
+        identity: Identity,
+        topics: Topics,
+        state: ClientState,
+        codecs: tuple[str, ...] = coding.CODECS,
+        holds_graph: HoldsGraph | None = None,
     ) -> None:
         self.identity = identity
         self.topics = topics
@@ -62,6 +69,7 @@ class Client:
         self._out = DeviceOutlet(topics.up(identity.device))
         self._ledger = Ledger(state, self._out)
         self._fetching = Fetching(self._ledger, self._out)
+        self._graphs = GraphFetching(holds_graph, self._out)
         self._sending = Sending(identity.device, FEATURE in codecs, self.link, self._ledger, self._out)
         self._manifest: messages.Manifest | None = None
         self._task: messages.Task | None = None
@@ -128,7 +136,7 @@ class Client:
 
     def tick(self, now: float) -> list[ClientAction]:
         """Say again what was not answered for `RETRY_S`."""
-        waits = self._sending.under_way or self._fetching.wanted or self._report is not None
+        waits = self._sending.under_way or self._waits_for_blob or self._report is not None
         if waits and now - self._out.moved_at >= RETRY_S:
             self._resend(now)
         return self._out.flush()
@@ -157,7 +165,11 @@ class Client:
             return "personalising" if self._working.final else "training"
         if self._sending.under_way:
             return "sending"
-        return "fetching" if self._fetching.wanted else "waiting"
+        return "fetching" if self._waits_for_blob else "waiting"
+
+    @property
+    def _waits_for_blob(self) -> bool:
+        return bool(self._fetching.wanted or self._graphs.wanted)
 
     # Messages
 
@@ -182,12 +194,24 @@ class Client:
             if self._sending.hear(message, body):
                 self._advance(now)
         elif isinstance(message, messages.Chunk):
-            if self._fetching.chunk(message, body, now):
-                self._advance(now)
+            self._on_chunk(message, body, now)
         elif isinstance(message, messages.ChunkAck):
             self._sending.acknowledged(message, now)
         elif isinstance(message, messages.Verdict):
             self._on_verdict(message, now)
+
+    def _on_chunk(self, chunk: messages.Chunk, body: memoryview, now: float) -> None:
+        came = self._on_graph if self._graphs.awaits(chunk) else self._fetching.chunk
+        if came(chunk, body, now):
+            self._advance(now)
+
+    def _on_graph(self, chunk: messages.Chunk, body: memoryview, now: float) -> bool:
+        try:
+            return self._graphs.chunk(chunk, body, now)
+        except RemoteWireError as error:
+            if self._task is not None:
+                self._decline(self._task, str(error))
+            raise
 
     def _on_manifest(self, manifest: messages.Manifest, now: float) -> None:
         known = self._manifest
@@ -205,7 +229,7 @@ class Client:
         """The federation is over: nobody waits for what we still owed it."""
         self._task = self._report = None
         self._sending.stop()
-        self._fetching.stop()
+        self._stop_fetching()
         if self.state.pending is not None:
             self._sending.settle(accepted=False)
 
@@ -217,8 +241,12 @@ class Client:
         if self._task is not None and self._task.run != run:
             self._task = None
         self._sending.forget()
-        self._fetching.stop()
+        self._stop_fetching()
         self._ledger.begin(run)
+
+    def _stop_fetching(self) -> None:
+        self._fetching.stop()
+        self._graphs.stop()
 
     def _on_task(self, task: messages.Task, now: float) -> None:
         if not (0.0 < task.kappa < math.inf and 0.0 < task.deadline_s < math.inf):
@@ -268,8 +296,15 @@ class Client:
             self._task = None
         elif self.state.base != task.model:
             self._fetching.ask(task, now)
+        elif self._graphs.lacks(self._manifest):
+            self._ask_for_graph(task, self._manifest, now)
         else:
             self._work(task)
+
+    def _ask_for_graph(self, task: messages.Task, manifest: messages.Manifest, now: float) -> None:
+        reason = self._graphs.ask(manifest, now)
+        if reason is not None:
+            self._decline(task, reason)
 
     def _take_part(self) -> None:
         """Be in the masked sum of the newest task, if it wants one."""
@@ -327,8 +362,8 @@ class Client:
     def _resend(self, now: float) -> None:
         """Say again what nobody has answered, on a new connection or after a silence."""
         self._sending.repeat(now)
-        if self._fetching.wanted and self._task is not None:
-            self._fetching.stop()
+        if self._waits_for_blob and self._task is not None:
+            self._stop_fetching()
         if self._report is not None:
             self._send_report(now)
         self._advance(now)
@@ -347,4 +382,5 @@ class Client:
 
 def _setup(manifest: messages.Manifest) -> tuple[object, ...]:
     """What a trainer is set up with: when it changes, the trainer starts anew."""
-    return manifest.run, manifest.model, manifest.plan, manifest.method, manifest.seed
+    graph = None if manifest.graph is None else manifest.graph.sha256
+    return manifest.run, manifest.model, manifest.plan, manifest.method, manifest.seed, graph

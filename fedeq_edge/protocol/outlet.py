@@ -35,13 +35,17 @@ class Counters:
 
 @dataclass(slots=True)
 class Outlet:
-    """Actions of one aggregator. packet_limit: largest packet of the broker, bytes; None where it has told none."""
+    """Actions of one aggregator. packet_limit: largest packet of the broker, bytes; None where it has told none.
+
+    graph: the training graph that devices may ask for, None without one.
+    """
 
     federation: Federation
     consensus: Consensus
     state: AggregatorState
     published: Publication
     counters: Counters
+    graph: messages.GraphName | None = None
     packet_limit: int | None = None
     _actions: list[AggregatorAction] = field(default_factory=list)
 
@@ -92,6 +96,7 @@ class Outlet:
             plan=dict(self.federation.plan),
             method=msgspec.to_builtins(self.federation.method),
             seed=self.federation.seed,
+            graph=self.graph,
         )
         self.publish(self.federation.topics.manifest, messages.encode(manifest), retain=True)
 

@@ -9,6 +9,10 @@ from fedeq_edge.provision.fleet import Device, FleetSettings
 _IDENTITY = {"ca": "ca.crt", "certificate": "device.crt", "key": "device.key"}
 
 
+# Where a release and an update put models: a training graph that lies there is not fetched over the broker.
+_GRAPHS = ("/opt/fedeq-edge/current/models", "/var/lib/fedeq-edge/models")
+
+
 class _Broker(msgspec.Struct, frozen=True):
     url: str = ""
 
@@ -16,16 +20,19 @@ class _Broker(msgspec.Struct, frozen=True):
 class _Known(msgspec.Struct, frozen=True):
     device: str = ""
     federation: str = ""
+    backend: str = "torch"
     broker: _Broker = _Broker()
 
 
-def agent_toml(fleet: FleetSettings, device: str, known: Device) -> bytes:
-    """The settings of this device."""
+def agent_toml(fleet: FleetSettings, device: str, known: Device, *, torch: bool) -> bytes:
+    """The settings of this device. torch: whether its release brings torch, to train by it."""
     broker = {"url": fleet.broker, **(_IDENTITY if fleet.broker.startswith("mqtts://") else {})}
     settings = {
         "device": device,
         "federation": fleet.federation,
         "profile": known.profile,
+        "backend": "torch" if torch else "onnx",
+        "graphs": list(_GRAPHS),
         "data": "/var/lib/fedeq-edge/data.npz",
         "state": "/var/lib/fedeq-edge/state",
         "broker": broker,
@@ -36,8 +43,11 @@ def agent_toml(fleet: FleetSettings, device: str, known: Device) -> bytes:
     )
 
 
-def agrees(found: bytes, fleet: FleetSettings, device: str) -> bool:
-    """Whether a board's agent.toml joins this fleet as this device. Raises ProvisionError where it is another."""
+def agrees(found: bytes, fleet: FleetSettings, device: str, *, torch: bool) -> bool:
+    """Whether a board's agent.toml joins this fleet as this device, and trains by what its release brings.
+
+    Raises ProvisionError where it is another device.
+    """
     try:
         said = msgspec.toml.decode(found, type=_Known)
     except msgspec.DecodeError:
@@ -48,4 +58,5 @@ def agrees(found: bytes, fleet: FleetSettings, device: str) -> bool:
             f"the board is device {said.device}, not {device}; flash it as --device {said.device}, or remove its "
             "/etc/fedeq-edge to make it another one",
         )
-    return (said.federation, said.broker.url) == (fleet.federation, fleet.broker)
+    joins = (said.federation, said.broker.url) == (fleet.federation, fleet.broker)
+    return joins and (torch or said.backend != "torch")

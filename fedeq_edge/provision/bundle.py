@@ -68,7 +68,7 @@ class BundleSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What to build.
 
     out: folder for the bundle. key: Ed25519 private key (PEM); None: not signed, and no board takes it. name: of device
-    or board, in the file's name. torch: also torch, for training. wheelhouse: folder of wheels to use instead of the
+    or board, in the file's name. torch: also torch, to train by it. wheelhouse: folder of wheels to use instead of the
     network. config: agent.toml, empty: none.
     """
 

@@ -39,7 +39,10 @@ class BoardWay:
         mine, ca = (get(machine, f"{self._at.identity}/{name}") for name in ("device.crt", "ca.crt"))
         self._enrolled = is_identity(mine, ca, fleet, plan.device)
         self._settings = get(machine, f"{self._at.identity}/agent.toml")
-        self._configured = self._settings is not None and agrees(self._settings, fleet.settings, plan.device)
+        self._torch = "torch" in plan.manifest.packages
+        self._configured = self._settings is not None and agrees(
+            self._settings, fleet.settings, plan.device, torch=self._torch
+        )
         self._reports = not self._enrolled or self._knows_service()
         self._has_data = not machine.run(["test", "-s", f"{self._at.state}/data.npz"]).code
 
@@ -107,7 +110,8 @@ class BoardWay:
         path, device = f"{self._at.identity}/agent.toml", self._plan.device
         if self._settings is not None:
             put(self._machine, self._settings, f"{path}.old", mode=0o600)
-        put(self._machine, agent_toml(self._fleet.settings, device, self._fleet.device(device)), path, mode=0o600)
+        content = agent_toml(self._fleet.settings, device, self._fleet.device(device), torch=self._torch)
+        put(self._machine, content, path, mode=0o600)
 
     def _install(self, steps: Steps, *, start: bool) -> None:
         """The release is current. It goes on where the connection is lost: systemd runs it, not our shell."""

@@ -130,7 +130,7 @@ class RootfsWay:
         )
         self._enrolled = is_identity(mine, ca, fleet, plan.device)
         if settings is not None:
-            agrees(settings, fleet.settings, plan.device)
+            agrees(settings, fleet.settings, plan.device, torch="torch" in plan.manifest.packages)
         self.occupant = _other(_content(self._folder / "card.json"), plan.device)
         token = _content(self._folder / "join.toml")
         self._joins = self._enrolled or _is_good(fleet, plan.device, token)
@@ -199,7 +199,9 @@ def _payload(fleet: Fleet, plan: Plan) -> dict[str, bytes]:
         "bundle.tar.gz": plan.bundle.read_bytes(),
         "release.py": INSTALLER.read_bytes(),
         "bundle.pub": (fleet.folder / "keys/bundle.pub").read_bytes(),
-        "agent.toml": agent_toml(settings, plan.device, fleet.device(plan.device)),
+        "agent.toml": agent_toml(
+            settings, plan.device, fleet.device(plan.device), torch="torch" in plan.manifest.packages
+        ),
         **data,
         "join.toml": card.join_text(service=settings.service, token=str(token)),
         "card.json": card.card_text(device=plan.device, sha256=plan.digest),

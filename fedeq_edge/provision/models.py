@@ -1,5 +1,6 @@
-"""Models on their way to boards: loaded here first, for a board that cannot load one has nobody to tell."""
+"""Models and training graphs on their way to boards: loaded here first, for a board that cannot has nobody to tell."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -30,5 +31,19 @@ def _loader(suffix: str) -> Callable[[Path], object]:
     if suffix == ".fedeq":
         return modelfile.read
     from fedeq_edge.onnx.runtime import Predictor  # noqa: PLC0415  # onnxruntime, only where there is a graph
+    from fedeq_edge.onnx.trainer import TrainingGraph  # noqa: PLC0415  # as above
 
-    return Predictor
+    def load(path: Path) -> object:
+        content = path.read_bytes()
+        return TrainingGraph(content) if _is_training(content) else Predictor(path)
+
+    return load
+
+
+def _is_training(content: bytes) -> bool:
+    """Whether it says that it is a training graph; what cannot be read is not, and whoever loads it says why."""
+    from fedeq_edge.onnx.scan import scan  # noqa: PLC0415  # with the package that needs it
+
+    with contextlib.suppress(ExportError):
+        return scan(content, "model").metadata.get("fedeq.kind") == "training"
+    return False

@@ -255,10 +255,11 @@ if begin("fedeq_edge"):
     from fedeq_edge import health
     health.solve()
     if importlib.util.find_spec("torch"):
+        from fedeq_edge.backends import open_backend
         from fedeq_edge.deq.spec import ModelSpec
         from fedeq_edge.training.cost import calibrate_model
         from fedeq_edge.training.step import Plan
-        calibrate_model(ModelSpec(input_shape=(16,), classes=4, channels=32), Plan())
+        calibrate_model(open_backend("torch", ModelSpec(input_shape=(16,), classes=4, channels=32), Plan()), Plan())
 print("end", flush=True)
 """
 

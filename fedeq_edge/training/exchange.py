@@ -1,7 +1,7 @@
 """What passes between an agent's link process and its trainer process: length-prefixed msgpack on two pipes.
 
 The trainer is a process of its own so that an out-of-memory or a crash in training never takes the link down, and
-lives only while there is training to do, so that an idle device pays for no torch.
+lives only while there is training to do, so that an idle device pays for no torch and no onnxruntime.
 """
 
 import struct
@@ -12,7 +12,7 @@ import msgspec
 from fedeq_edge import structs
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.training.step import LocalResult, LocalTask, Personal, Plan, Vector
+from fedeq_edge.training.step import BackendName, LocalResult, LocalTask, Personal, Plan, Vector
 
 _LENGTH: Final = struct.Struct("<I")
 _LIMIT_BYTES: Final = 2**30
@@ -21,6 +21,7 @@ _LIMIT_BYTES: Final = 2**30
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """First request: what to train on what. Answered by `Ready`.
 
+    backend: what trains; graph: file with the training graph where that needs one, sha256: which it must have.
     cache: file that keeps the calibration of this model on this device. slowdown, shared: of an emulated board
     (hardware/clock.py). seed: of the federation's initial weights.
     """
@@ -28,6 +29,9 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     spec: ModelSpec
     plan: Plan
     method: Method
+    backend: BackendName
+    graph: str
+    graph_sha256: bytes
     data: str
     cache: str
     profile: str

@@ -1,6 +1,6 @@
 """What one round asks of a device and what the device gives back: the seam between algorithm and backend.
 
-A `Learner` owns one device's data and model. Vectors are flat float32 arrays:
+A `Learner` (learner.py) owns one device's data and model, a `Backend` computes. Vectors are flat float32 arrays:
 
     theta  (p,)  the equilibrium part (stem and cell)
     head   (h,)  the explicit layers after the equilibrium
@@ -11,7 +11,7 @@ Source of names and steps: algorithm.md, section 4 (weighted consensus ADMM) aft
 """
 
 import math
-from typing import Protocol
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -21,6 +21,8 @@ from fedeq_edge.deq.wellposed import Certificate
 from fedeq_edge.errors import ConfigError
 
 Vector = NDArray[np.float32]
+BackendName = Literal["torch", "onnx"]
+"""The library that trains: torch, or onnxruntime on a training graph (onnx/training.py)."""
 LARGEST_BUDGET = 10_000
 """Evaluations per sample that a contribution may report: far beyond any solve that is worth its time."""
 
@@ -44,7 +46,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     adjoint_ratio: k is about K times this.
     jacobian_penalty: lambda of the term lambda / d |J^T eps|^2 in the loss (algorithm.md, section 3), for cells without
     certificate; 0: none. Above 0 each step makes one evaluation with graph beyond its K, and its double backward, which
-    doubles a step of K = 6; calibration measures it, so it counts against compute_s.
+    doubles a step of K = 6; calibration measures it, so it counts against compute_s. Devices with backend onnx decline.
     compute_s: device seconds that training may take in one round.
     energy_j: joules that training may take in one round; devices whose profile states active_watts lower compute_s to
     energy_j / active_watts, the others go by compute_s alone. None: no limit.
@@ -143,31 +145,6 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     evaluation_s: float
     adjoint_s: float
     slowdown: float = 1.0
-
-
-class Learner(Protocol):
-    """One device's data and model behind a backend (torch today; ONNX graphs later)."""
-
-    @property
-    def samples(self) -> int:
-        """Number of training samples n_i."""
-        ...
-
-    def initial_head(self) -> Vector:
-        """The head that a device starts from, (h,) float32."""
-        ...
-
-    def calibrate(self) -> Calibration:
-        """Measure this model's cost here; takes about a second."""
-        ...
-
-    def train(self, task: LocalTask) -> LocalResult:
-        """Personal step, shared step (algorithm.md section 4, steps 2 and 3)."""
-        ...
-
-    def personalise(self, z: Vector, head: Vector) -> Personal:
-        """Refit the head on cached equilibrium features of z and evaluate."""
-        ...
 
 
 def _check_counts(plan: Plan) -> None:

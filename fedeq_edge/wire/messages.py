@@ -69,11 +69,18 @@ class AggregatorState(Message, frozen=True, kw_only=True):
     boot: Name
 
 
+class GraphName(msgspec.Struct, frozen=True, kw_only=True):
+    """A training graph: sha256 of the file, and transfer: of the deflated blob that a `Fetch` brings."""
+
+    sha256: Digest
+    transfer: Digest
+
+
 class Manifest(Message, frozen=True, kw_only=True):
     """What the federation trains: retained, small, the same for all.
 
     model, plan and method are maps (ModelSpec, Plan, Method); seed: of the initial weights, which every device can make
-    for itself.
+    for itself. graph: what devices without torch train by, None where the aggregator has none.
     """
 
     run: Name
@@ -82,6 +89,7 @@ class Manifest(Message, frozen=True, kw_only=True):
     plan: dict[str, object]
     method: dict[str, object]
     seed: Count
+    graph: GraphName | None = None
 
 
 class MaskingTerms(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +131,10 @@ class Task(Message, frozen=True, kw_only=True):
 
 
 class Fetch(Message, frozen=True, kw_only=True):
-    """Send me the consensus with digest `model`; I hold the one with digest `base` (empty: none)."""
+    """Send me the consensus with digest `model`; I hold the one with digest `base` (empty: none).
+
+    Or the training graph, where `model` is the name of its transfer.
+    """
 
     run: Name
     model: Digest

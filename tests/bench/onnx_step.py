@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.training.backend import Pull
 from fedeq_edge.training.recommend import recommend
 from fedeq_edge.training.step import Budget, Plan
 from tests.bench.figures import Figure
@@ -71,21 +72,21 @@ def by_torch(model: Model) -> Step:
     import torch  # noqa: PLC0415  # a process that trains by graph must not load it
 
     from fedeq_edge.deq.model import DEQ  # noqa: PLC0415  # as above
-    from fedeq_edge.training.torch_step import Descent, Pull  # noqa: PLC0415  # as above
+    from fedeq_edge.training.torch_step import Descent  # noqa: PLC0415  # as above
 
     torch.set_num_threads(1)
     theta, head = initial(model.spec, 0)
     deq = DEQ(model.spec)
     deq.load(theta, head)
-    pull = Pull(z=torch.from_numpy(theta.copy()), nu=torch.zeros(theta.size), kappa=KAPPA)
+    pull = Pull(z=theta, nu=np.zeros_like(theta), kappa=KAPPA)
     descent = Descent(deq, Plan(), rate=0.01, pull=pull, frozen_head=False)
-    x, y = map(torch.from_numpy, model.samples())
+    x, y = model.samples()
     return lambda: descent.step(x, y, BUDGET)
 
 
 def by_graph(model: Model, content: bytes) -> Step:
     """The same step by the training graph."""
-    from fedeq_edge.onnx.trainer import Pull, TrainingGraph  # noqa: PLC0415  # a process of torch must not load it
+    from fedeq_edge.onnx.trainer import TrainingGraph  # noqa: PLC0415  # a process of torch must not load it
 
     theta, head = initial(model.spec, 0)
     plan = Plan()

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from fedeq_edge import modelfile
+from fedeq_edge.deq.initial import initial
+from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.storage import locked
+from fedeq_edge.training.step import Budget
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Fedeq, Outcome
@@ -204,7 +208,6 @@ def test_what_the_link_process_finds_is_one_line_too(place: Path, changes: str, 
 @pytest.mark.parametrize(
     ("package", "extra", "arguments"),
     [
-        ("torch", "torch", ["device", "probe", "--model", "no.fedeq"]),
         ("torch", "torch", ["model", "export", "no.fedeq"]),
         ("onnxruntime", "device", ["model", "infer", "no.onnx", "data.npz"]),
     ],
@@ -218,6 +221,29 @@ def test_an_optional_package_that_is_missing_is_named_with_its_extra(
     told = _process("-c", program, *arguments)
     assert told.returncode == 1
     assert told.stderr == f"fedeq: {package} is not installed; run pip install 'fedeq-edge[{extra}]'\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "options", "status", "remedy"),
+    [
+        ("torch", [], 2, "run pip install 'fedeq-edge[torch]', or set backend = \"onnx\""),
+        ("onnx", ["--backend", "onnx"], 1, "run pip install 'fedeq-edge[onnx]'"),
+        ("onnxruntime", ["--backend", "onnx"], 1, "run pip install 'fedeq-edge[device]'"),
+    ],
+)
+def test_a_probe_without_its_backend_names_the_package_and_the_way_out(
+    place: Path, package: str, options: list[str], status: int, remedy: str
+) -> None:
+    spec = ModelSpec(input_shape=(6,), classes=2, channels=8)
+    theta, head = initial(spec, 0)
+    model = modelfile.ModelFile(spec=spec, theta=theta, head=head, budget=Budget(forward=4, adjoint=2))
+    modelfile.write(place / "a.fedeq", model)
+    program = (
+        f"import sys; sys.modules[{package!r}] = None; sys.argv[0] = 'fedeq'; from fedeq_edge.cli import main; main()"
+    )
+    told = _process("-c", program, "device", "probe", "--model", "a.fedeq", *options)
+    assert told.returncode == status, told.stderr
+    assert re.fullmatch(f"fedeq: .*not installed; {re.escape(remedy)}\n", told.stderr), told.stderr
 
 
 def test_a_broken_environment_variable_is_refused_like_the_file(

@@ -1,5 +1,6 @@
 """Commands that answer: JSON on stdout for programs, nothing but it."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import pytest
 from fedeq_edge import modelfile, orders
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.onnx.trainer import TrainingGraph
 from fedeq_edge.storage import AggregatorFolder, locked
 from fedeq_edge.storage.status import write_status
 from fedeq_edge.training.step import Budget
@@ -63,6 +65,19 @@ def test_device_probe_measures_a_model_and_gives_its_budget(fedeq: "Fedeq", pers
     assert measured["predicted_s"] > 0
     assert measured["budget"]["forward"] >= 1
     assert measured["budget"]["adjoint"] >= 0
+
+
+def test_device_probe_measures_a_training_graph_as_well(fedeq: "Fedeq", personal: Path) -> None:
+    measured = _json(fedeq, "device", "probe", "--model", personal, "--backend", "onnx")["model"]
+    assert measured["predicted_s"] > 0
+
+
+def test_aggregator_graph_writes_what_its_devices_train_by(fedeq: "Fedeq", place: Path) -> None:
+    told = fedeq("aggregator", "graph", "--out", "plant.onnx")
+    assert told.status == 0, told.err
+    content = (place / "plant.onnx").read_bytes()
+    assert hashlib.sha256(content).hexdigest() in told.err
+    assert TrainingGraph(content).spec == ModelSpec(input_shape=(6,), classes=2)
 
 
 def test_device_list_has_the_boards_of_the_kit(fedeq: "Fedeq") -> None:

@@ -88,6 +88,20 @@ def test_every_personal_model_is_onnx_that_agrees_with_torch(past: Past) -> None
         assert onnx["accuracy"] == pytest.approx(device["accuracy"]["personal"], abs=0.01)
 
 
+def test_a_fleet_without_torch_in_any_trainer_learns_as_well(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'fedeq-edge[demo]'")
+    process = _start(tmp_path, "--devices", "2", "--rounds", "2", "--backend", "onnx", "--json")
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    told = json.loads(out)
+    assert told["backend"] == "onnx"
+    assert told["accuracy"]["personal"] > 0.8
+    for device in told["devices"]:
+        state = tmp_path / "out" / "devices" / device["id"] / "state"
+        assert (state / "training.onnx").exists()
+        assert device["rss_peak_bytes"] <= 200_000_000  # link and trainer; with torch the trainer alone has more
+
+
 def test_the_report_is_one_file_that_needs_no_network(past: Past) -> None:
     report = (past.out / "report.html").read_text()
     assert "emulated" in report

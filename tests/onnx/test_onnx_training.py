@@ -21,9 +21,10 @@ from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, DataError, ExportError, SolverError
 from fedeq_edge.onnx import graph
 from fedeq_edge.onnx.autodiff import Linearised
-from fedeq_edge.onnx.trainer import GraphDescent, Pull, TrainingGraph
+from fedeq_edge.onnx.trainer import GraphDescent, TrainingGraph
 from fedeq_edge.onnx.training import build_training
 from fedeq_edge.training import torch_step
+from fedeq_edge.training.backend import Pull
 from fedeq_edge.training.recommend import recommend
 from fedeq_edge.training.step import Budget, Plan
 
@@ -119,7 +120,7 @@ def pair(
         model,
         plan,
         rate=rate,
-        pull=torch_step.Pull(z=torch.from_numpy(given.z), nu=torch.from_numpy(given.nu), kappa=kappa),
+        pull=Pull(z=given.z, nu=given.nu, kappa=kappa),
         frozen_head=frozen_head,
     )
     ours = TrainingGraph(build_training(given.spec)).descent(
@@ -198,7 +199,7 @@ def test_two_hundred_steps_end_where_those_of_torch_do(name: str) -> None:
     budgets = [Budget(forward=forward, adjoint=adjoint) for forward, adjoint in ((4, 2), (1, 0), (7, 3))]
     for number, (x, y) in enumerate(given.batches(200)):
         budget = budgets[number % 3]
-        expected = reference.step(torch.from_numpy(x), torch.from_numpy(y), budget)
+        expected = reference.step(x, y, budget)
         found = ours.step(x, y, forward=budget.forward, adjoint=budget.adjoint)
         assert found.loss == pytest.approx(expected.loss, abs=1e-4)
         assert found.residual == pytest.approx(expected.residual, rel=1e-2, abs=1e-6)
@@ -212,7 +213,7 @@ def test_every_cell_steps_as_in_torch(spec: ModelSpec) -> None:
     given = problem(spec)
     ours, reference, model = pair(given, Plan(momentum=0.5, clip=0.1), rate=0.1)
     for x, y in given.batches(3):
-        reference.step(torch.from_numpy(x), torch.from_numpy(y), Budget(forward=4, adjoint=2))
+        reference.step(x, y, Budget(forward=4, adjoint=2))
         ours.step(x, y, forward=4, adjoint=2)
 
     assert apart(*both(ours, model)) < 1e-5
@@ -225,7 +226,7 @@ def test_what_is_shared_is_pulled_and_a_frozen_head_is_not_trained(frozen_head: 
     given = problem(DENSE, shares_head=shares_head)
     ours, reference, model = pair(given, Plan(clip=0.1), rate=0.1, frozen_head=frozen_head)
     for x, y in given.batches(3):
-        reference.step(torch.from_numpy(x), torch.from_numpy(y), Budget(forward=3, adjoint=1))
+        reference.step(x, y, Budget(forward=3, adjoint=1))
         ours.step(x, y, forward=3, adjoint=1)
 
     assert apart(*both(ours, model)) < 1e-6
@@ -254,7 +255,7 @@ def test_batches_of_every_size_are_taken() -> None:
     ours, reference, model = pair(given, Plan(), rate=0.1)
     for size in (1, 5, 2):
         ((x, y),) = given.batches(1, size)
-        reference.step(torch.from_numpy(x), torch.from_numpy(y), Budget(forward=3, adjoint=1))
+        reference.step(x, y, Budget(forward=3, adjoint=1))
         ours.step(x, y, forward=3, adjoint=1)
 
     assert apart(*both(ours, model)) < 1e-5

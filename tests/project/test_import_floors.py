@@ -15,12 +15,12 @@ FLOORS = {
     0: ("__init__", "atomic", "errors", "finite", "kit", "structs"),
     1: ("deq", "consensus", "masking", "wire", "data"),
     2: ("training", "hardware", "protocol"),
-    3: ("transport", "onnx", "storage", "modelfile", "orders", "provision", "health"),
+    3: ("transport", "onnx", "storage", "modelfile", "orders", "provision", "health", "backends"),
     4: ("settings", "logs", "serving", "agent", "trainer", "updater", "gateway", "audit", "chaos", "report", "demo"),
     5: ("cli", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
-TORCH = {"deq", "trainer", "training/torch_step.py", "training/cost.py", "onnx/verify.py"}
+TORCH = {"deq", "backends", "training/torch_step.py", "onnx/verify.py"}
 
 
 def modules() -> list[Path]:
@@ -89,7 +89,9 @@ def test_torch_is_imported_by_the_model_the_local_step_and_the_check_of_exports_
     } == set()
 
 
-@pytest.mark.parametrize("module", ["agent", "gateway", "cli", "protocol.aggregator", "settings", "modelfile"])
+@pytest.mark.parametrize(
+    "module", ["agent", "trainer", "gateway", "cli", "protocol.aggregator", "settings", "modelfile"]
+)
 def test_programs_of_gateways_and_idle_agents_load_no_torch_no_onnxruntime_and_no_cryptography(module: str) -> None:
     heavy = {"torch", "onnxruntime", "onnx", "sklearn", "cryptography"}
     code = f"import sys, fedeq_edge.{module}; print({heavy} & set(sys.modules))"

@@ -29,6 +29,7 @@ from fedeq_edge.protocol.actions import (
     ClientAction,
     Configure,
     Keep,
+    KeepGraph,
     Note,
     Personalise,
     Publish,
@@ -127,12 +128,14 @@ class Device:
         self._boots = count()
         self.samples = fleet.problem.samples[index]
         self.notes: list[Note] = []
+        self.said: list[Publish] = []
         self.trained: list[int] = []  # rounds, in the order of training
         self.configured: list[messages.Manifest] = []
         self.kept: dict[
             int, Pending
         ] = {}  # its own contributions by round, as nobody else may see them in masked rounds
         self.codecs: tuple[str, ...] = (*coding.CODECS, *((FEATURE,) if fleet.masking else ()))
+        self.graphs: set[bytes] | None = set() if fleet.graph else None  # sha256 of those on its disk
         self.holds_back = False  # a straggler: its trainer does not come to an end
         self.start()
 
@@ -143,7 +146,8 @@ class Device:
         state = self._disk.load() if self._disk else structs.unpack(structs.pack(self._kept), ClientState)
         identity = Identity(device=self.name, boot=f"boot{next(self._boots)}", samples=self.samples)
         self.work: Train | Personalise | None = None
-        self.client = Client(identity, TOPICS, state, codecs=self.codecs)
+        holds_graph = None if self.graphs is None else self.graphs.__contains__
+        self.client = Client(identity, TOPICS, state, codecs=self.codecs, holds_graph=holds_graph)
         will = Will(topic=TOPICS.state(self.name), payload=self.client.offline())
         subscriptions = (TOPICS.manifest, TOPICS.model, TOPICS.aggregator, TOPICS.down(self.name))
         self.transport = self._fleet.broker.transport(subscriptions, will)
@@ -200,16 +204,27 @@ class Device:
     def carry_out(self, actions: list[ClientAction]) -> None:
         for action in actions:
             if isinstance(action, Publish):
+                self.said.append(action)
                 self.transport.publish(action.topic, action.payload, retain=action.retain)
             elif isinstance(action, Save | Keep | Settle):
                 self._write(action)
+            elif isinstance(action, KeepGraph):
+                assert self.graphs is not None
+                self.graphs.add(chunks.digest(action.graph))
             elif isinstance(action, Train | Personalise):
                 assert self.work is None, "one thing at a time"
+                assert self.graphs is None or self._announced in self.graphs, "trains by no graph"
                 self.work = action
             elif isinstance(action, Note):
                 self.notes.append(action)
             elif isinstance(action, Configure):
                 self.configured.append(action.manifest)
+
+    @property
+    def _announced(self) -> bytes:
+        """sha256 of the graph to train by."""
+        graph = self.configured[-1].graph
+        return graph.sha256 if graph else b""
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Connected):
@@ -245,6 +260,7 @@ class Fleet:
     method: Method = ADMM
     privacy: Privacy | None = None
     masking: Masking | None = None
+    graph: bytes = b""  # by which all devices train, where there is one
     schedule: Schedule | None = None
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     folder: Path | None = None
@@ -356,6 +372,7 @@ class Fleet:
             state=state,
             find_blob=self._disk.find if self._disk else self._find,
             key=self._disk.privacy_key() if self._disk else KEY,
+            graph=self.graph,
         )
         self.finished = state.status == "finished"
         if self._disk:

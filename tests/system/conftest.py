@@ -22,7 +22,7 @@ from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.protocol.schedule import Schedule
 from fedeq_edge.settings import AgentSettings, AggregatorSettings, BrokerSettings
 from fedeq_edge.storage import history
-from fedeq_edge.training.step import Plan
+from fedeq_edge.training.step import BackendName, Plan
 from fedeq_edge.transport.base import Arrived, Event
 from fedeq_edge.transport.mqtt import Endpoint, MqttTransport
 from fedeq_edge.wire import messages
@@ -45,7 +45,7 @@ def client_data(seed: int) -> ClientData:
 class Fleet:
     """Processes of one federation under one folder. Nothing runs until it is started; `close` leaves nothing.
 
-    changes: further AggregatorSettings.
+    by_graph: the devices that train without torch. changes: further AggregatorSettings.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Fleet:
         version: Literal["3.1.1", "5"] = "5",
         devices: tuple[str, ...] = DEVICES,
         rounds: int = 3,
+        by_graph: tuple[str, ...] = (),
         **changes: Any,
     ) -> None:
         self.folder = folder
@@ -79,7 +80,8 @@ class Fleet:
             home = folder / device
             home.mkdir()
             save_client(home / "data.npz", client_data(seed))
-            own = AgentSettings(device=device, federation=self.name, data="data.npz", broker=broker)
+            backend: BackendName = "onnx" if device in by_graph else "torch"
+            own = AgentSettings(device=device, federation=self.name, data="data.npz", backend=backend, broker=broker)
             (home / "agent.toml").write_text(settings.to_toml(own))
 
     # Processes
@@ -91,8 +93,8 @@ class Fleet:
         for device in self.devices:
             self.start_agent(device)
 
-    def start_agent(self, device: str) -> None:
-        self.agents[device] = self._start("agent", self.folder / device / "agent.toml")
+    def start_agent(self, device: str, *options: str) -> None:
+        self.agents[device] = self._start("agent", self.folder / device / "agent.toml", *options)
 
     def restart_agent(self, device: str) -> None:
         """Killed and back; the aggregator has seen both."""
@@ -135,10 +137,10 @@ class Fleet:
             process.kill()
             process.wait()
 
-    def _start(self, noun: str, config: Path) -> Process:
+    def _start(self, noun: str, config: Path, *options: str) -> Process:
         with config.with_suffix(".log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "fedeq_edge", noun, "run", "--config", str(config)],
+                [sys.executable, "-m", "fedeq_edge", noun, "run", "--config", str(config), *options],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -219,6 +221,7 @@ class MakeFleet(Protocol):
         version: Literal["3.1.1", "5"] = "5",
         devices: tuple[str, ...] = DEVICES,
         rounds: int = 3,
+        by_graph: tuple[str, ...] = (),
         **changes: Any,
     ) -> Fleet: ...
 
@@ -234,10 +237,11 @@ def make_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeFleet]:
             version: Literal["3.1.1", "5"] = "5",
             devices: tuple[str, ...] = DEVICES,
             rounds: int = 3,
+            by_graph: tuple[str, ...] = (),
             **changes: Any,
         ) -> Fleet:
             folder = tmp_path_factory.mktemp("fleet")
-            fleet = Fleet(folder, url, version=version, devices=devices, rounds=rounds, **changes)
+            fleet = Fleet(folder, url, version=version, devices=devices, rounds=rounds, by_graph=by_graph, **changes)
             fleets.callback(fleet.close)
             return fleet
 

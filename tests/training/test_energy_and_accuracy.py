@@ -10,8 +10,9 @@ from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.deq.wellposed import certificate
 from fedeq_edge.errors import ConfigError
+from fedeq_edge.training.learner import Learner
 from fedeq_edge.training.step import Calibration, LocalResult, LocalTask, Plan
-from fedeq_edge.training.torch_step import TorchLearner
+from fedeq_edge.training.torch_step import TorchBackend
 
 CONTRACTIVE = ModelSpec(input_shape=(6,), classes=3, channels=8, radius=0.5)
 RESIDUAL = ModelSpec(input_shape=(1, 6, 6), classes=3, cell="residual", channels=8, groups=4)
@@ -20,13 +21,13 @@ PLAN = Plan(rounds=2, epochs=2, batch=8, budgets=(2, 4, 8), compute_s=10.0, refi
 DEAR = Calibration(batch=8, fixed_s=0.1, evaluation_s=0.1, adjoint_s=0.0)
 
 
-def learner(spec: ModelSpec, plan: Plan, watts: float | None = None) -> TorchLearner:
+def learner(spec: ModelSpec, plan: Plan, watts: float | None = None) -> Learner:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, *spec.input_shape)).astype(np.float32)
     y = np.resize(np.arange(3), 40)
     data = ClientData(x_train=x[:32], y_train=y[:32], x_test=x[32:], y_test=y[32:])
-    return TorchLearner(
-        spec,
+    return Learner(
+        TorchBackend(spec, plan),
         data,
         plan,
         METHODS["admm"],

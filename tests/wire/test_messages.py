@@ -79,6 +79,15 @@ EXAMPLES: list[messages.Message] = [
     messages.Contribution(
         run="r", round=3, boot="b", base=DIGEST, samples=60, codec="int8", length=9, metrics=METRICS, session=DIGEST
     ),
+    messages.Manifest(
+        run="r",
+        status="waiting",
+        model={},
+        plan={},
+        method={},
+        seed=0,
+        graph=messages.GraphName(sha256=DIGEST, transfer=DIGEST),
+    ),
 ]
 
 

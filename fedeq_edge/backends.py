@@ -1,0 +1,62 @@
+"""The library that trains on this machine, loaded when it is asked for: torch, or onnxruntime on a training graph."""
+
+import contextlib
+
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.errors import ConfigError, ExportError
+from fedeq_edge.training.backend import Backend
+from fedeq_edge.training.step import BackendName, Plan
+
+
+def open_backend(name: BackendName, spec: ModelSpec, plan: Plan, *, graph: bytes = b"") -> Backend:
+    """A model of this spec on that backend, computing on one thread from here on.
+
+    graph: what backend "onnx" trains by (onnx/training.py). Raises ConfigError where the backend is not installed or
+    cannot carry out the plan, ExportError for a graph of another model or version.
+    """
+    return _torch(spec, plan) if name == "torch" else _onnx(spec, plan, graph)
+
+
+def dedicate_process(name: BackendName) -> None:
+    """This process trains and nothing else: torch counts denormal numbers, which take it a hundred times as long, as 0.
+
+    Other code of a process would find its arithmetic changed, so a backend does not do this by itself.
+    """
+    if name == "torch":
+        with contextlib.suppress(ImportError):  # said when it is opened
+            import torch  # noqa: PLC0415  # as in `_torch`
+
+            torch.set_flush_denormal(True)
+
+
+def build_graph(spec: ModelSpec) -> bytes:
+    """The training graph of this model; no torch is needed. Raises ExportError where onnx is not installed."""
+    try:
+        from fedeq_edge.onnx.training import build_training  # noqa: PLC0415  # onnx, where a graph is made
+    except ImportError as error:
+        raise ExportError("onnx is not installed; run pip install 'fedeq-edge[onnx]'") from error
+    return build_training(spec)
+
+
+def _torch(spec: ModelSpec, plan: Plan) -> Backend:
+    try:
+        import torch  # noqa: PLC0415  # hundreds of megabytes, where it is the chosen backend
+    except ImportError as error:
+        raise ConfigError(
+            'backend "torch" is not installed; run pip install \'fedeq-edge[torch]\', or set backend = "onnx"'
+        ) from error
+    from fedeq_edge.training.torch_step import TorchBackend  # noqa: PLC0415  # as torch
+
+    torch.set_num_threads(1)  # models of this size lose by more, and a device has other work
+    return TorchBackend(spec, plan)
+
+
+def _onnx(spec: ModelSpec, plan: Plan, graph: bytes) -> Backend:
+    if plan.jacobian_penalty:
+        raise ConfigError(
+            f"train.jacobian_penalty is {plan.jacobian_penalty:g}, and training graphs have no such term; "
+            'set it to 0 in the federation, or backend = "torch" on this device'
+        )
+    from fedeq_edge.onnx.backend import OnnxBackend  # noqa: PLC0415  # onnxruntime, where it is the chosen backend
+
+    return OnnxBackend(spec, plan, graph)

@@ -1,0 +1,77 @@
+"""The training step as an ONNX graph behind the learner: onnxruntime and numpy, no torch."""
+
+import numpy as np
+
+from fedeq_edge.deq.layout import checked, head_layout, size, theta_layout
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.onnx.trainer import GraphDescent, TrainingGraph
+from fedeq_edge.training.backend import Labels, Matrix, Measured, Pull, Samples
+from fedeq_edge.training.step import Budget, Plan, Vector
+
+
+class OnnxBackend:
+    """A model on a training graph (onnx/training.py), all parameters zero until `load`: a `Backend`.
+
+    Raises ExportError where `graph` is none, or of another model than `spec`.
+    """
+
+    def __init__(self, spec: ModelSpec, plan: Plan, graph: bytes) -> None:
+        self.spec = spec
+        self._plan = plan
+        self._graph = TrainingGraph(graph, expect=spec)
+        self._layouts = theta_layout(spec), head_layout(spec)
+        theta, head = (np.zeros(size(layout), np.float32) for layout in self._layouts)
+        self._held = theta, head
+
+    def load(self, theta: Vector, head: Vector) -> None:
+        """The model computes with copies of these. Raises ConfigError for another size and for NaN or infinity."""
+        first, last = self._layouts
+        checked("theta", theta, first)
+        checked("head", head, last)
+        self._held = theta.astype(np.float32), head.astype(np.float32)
+
+    def parameters(self) -> tuple[Vector, Vector]:
+        """Copies of theta (p,) and head (h,) as they are now."""
+        theta, head = self._held
+        return theta.copy(), head.copy()
+
+    def descent(self, *, rate: float, pull: Pull | None = None, frozen_head: bool = False, seed: int = 0) -> "Descent":
+        """Steps of one round at this step size, velocity 0; nothing is drawn, so the seed changes nothing."""
+        del seed
+        theta, head = self._held
+        steps = self._graph.descent(
+            theta,
+            head,
+            rate=rate,
+            momentum=self._plan.momentum,
+            clip=self._plan.clip,
+            weight_decay=self._plan.weight_decay,
+            pull=pull,
+            frozen_head=frozen_head,
+        )
+        return Descent(self, steps)
+
+    def moved(self, steps: GraphDescent) -> None:
+        """The parameters are those to which `steps` have come."""
+        self._held = steps.theta, steps.head
+
+    def solve(self, x: Samples, forward: int) -> tuple[Matrix, Vector]:
+        """(features (B, spec.features), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
+        theta, _ = self._held
+        return self._graph.solve(x, theta, forward=forward)
+
+
+class Descent:
+    """Steps of one round by the graph; the backend holds what they come to."""
+
+    def __init__(self, backend: OnnxBackend, steps: GraphDescent) -> None:
+        self._backend, self._steps = backend, steps
+
+    def step(self, x: Samples, y: Labels, budget: Budget) -> Measured:
+        """The backend holds the parameters after one step on the batch x (B, *input_shape), y (B,).
+
+        Raises SolverError, before they have changed, when the loss or its gradient is not finite.
+        """
+        done = self._steps.step(x, y, forward=budget.forward, adjoint=budget.adjoint)
+        self._backend.moved(self._steps)
+        return Measured(loss=done.loss, residual=done.residual, backward_residual=done.backward_residual, budget=budget)

@@ -1,0 +1,183 @@
+"""The same rounds on both backends come to the same, and training by a graph needs no torch."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from fedeq_edge.backends import build_graph, open_backend
+from fedeq_edge.consensus.methods import METHODS
+from fedeq_edge.data.npz import save_client
+from fedeq_edge.deq.initial import initial
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.errors import ConfigError, ExportError
+from fedeq_edge.training import exchange
+from fedeq_edge.training.step import BackendName, LocalResult, Personal
+from fedeq_edge.wire.chunks import digest
+from tests.training.local_rounds import ADMM, PLAN, RESIDUAL, SHARED, SPEC, backend_of, blobs, first_task, learner_on
+
+MONOTONE = replace(SPEC, cell="monotone")
+SEQUENCE = ModelSpec(
+    input_shape=(2, 24), classes=3, cell="residual", channels=8, groups=4, stem_kernel=6, stem_stride=2, stem_width=4
+)
+SPECTRAL = ModelSpec(input_shape=(1, 6, 6), classes=3, channels=6, norm="spectral", pool=2)
+THREE_ROUNDS = replace(PLAN, rounds=3, weight_decay=1e-3, compare_local=True)
+
+
+def rounds(backend: BackendName, spec: ModelSpec, method_name: str) -> tuple[list[LocalResult], Personal]:
+    """Three rounds from the common start, each from where the last has led, and the personal model."""
+    method = {"admm": ADMM, "shared": SHARED, "refit": replace(ADMM, head_step="refit"), **METHODS}[method_name]
+    learner = learner_on(backend, spec, THREE_ROUNDS, method=method)
+    task = first_task(spec, method)
+    dual = np.random.default_rng(1).normal(size=task.z.shape).astype(np.float32) * 0.01
+    results = []
+    for number in range(3):
+        result = learner.train(replace(task, round=number, nu=dual, seed=number))
+        task = replace(task, z=task.z + result.difference, head=result.head)
+        results.append(result)
+    return results, learner.personalise(task.z, task.head)
+
+
+@pytest.mark.parametrize(
+    ("spec", "method"),
+    [
+        (SPEC, "admm"),
+        (SPEC, "refit"),
+        (MONOTONE, "shared"),
+        (SEQUENCE, "admm"),
+        (SPECTRAL, "shared"),
+        (RESIDUAL, "shared"),
+        (RESIDUAL, "ditto"),
+    ],
+    ids=["dense", "dense-refit", "monotone", "sequence", "spectral", "image", "image-ditto"],
+)
+def test_whole_rounds_come_to_the_same_on_both_backends(spec: ModelSpec, method: str) -> None:
+    (torch_rounds, torch_personal), (onnx_rounds, onnx_personal) = (
+        rounds(name, spec, method) for name in ("torch", "onnx")
+    )
+    for expected, found in zip(torch_rounds, onnx_rounds, strict=True):
+        moved = float(np.linalg.norm(expected.difference))
+        assert float(np.linalg.norm(found.difference - expected.difference)) < 1e-3 * moved
+        assert found.loss == pytest.approx(expected.loss, rel=1e-3)
+        assert found.residual == pytest.approx(expected.residual, rel=1e-2, abs=1e-6)
+        assert found.backward_residual == pytest.approx(expected.backward_residual, rel=1e-2, abs=1e-6)
+        assert (found.budget, found.steps) == (expected.budget, expected.steps)
+        assert found.accuracy_consensus == pytest.approx(expected.accuracy_consensus, abs=0.034)  # one of 30 samples
+    np.testing.assert_allclose(onnx_personal.theta, torch_personal.theta, rtol=0, atol=2e-3)
+    assert onnx_personal.accuracy_personal == pytest.approx(torch_personal.accuracy_personal, abs=0.034)
+    assert onnx_personal.local_only == pytest.approx(torch_personal.local_only, abs=0.034)
+
+
+def test_a_penalty_that_graphs_do_not_know_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"jacobian_penalty is 0\.5.*backend = \"torch\""):
+        backend_of("onnx", RESIDUAL, replace(PLAN, jacobian_penalty=0.5))
+
+
+def test_a_graph_of_another_model_is_refused() -> None:
+    with pytest.raises(ExportError, match="another model"):
+        open_backend("onnx", RESIDUAL, PLAN, graph=build_graph(SPEC))
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_parameters_that_are_not_finite_are_refused_by_name(backend: BackendName) -> None:
+    theta, head = initial(SPEC, 0)
+    theta[-1] = np.nan
+    with pytest.raises(ConfigError, match=r"cell\.weight holds nan"):
+        backend_of(backend).load(theta, head)
+
+
+# What a board without torch looks like to the program.
+_WITHOUT_TORCH = """\
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx"):
+            raise ImportError(f"{name} is not installed here")
+sys.meta_path.insert(0, NoTorch())
+from fedeq_edge.trainer import main
+main()
+"""
+
+
+class Trainer:
+    """A trainer process of a device without torch and without the onnx package."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _WITHOUT_TORCH], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def setup(self, **changes: object) -> exchange.Setup:
+        """For dense data in the folder, and its graph there."""
+        save_client(self._folder / "data.npz", blobs(SPEC))
+        graph = build_graph(SPEC)
+        (self._folder / "training.onnx").write_bytes(graph)
+        chosen = exchange.Setup(
+            spec=SPEC,
+            plan=PLAN,
+            method=ADMM,
+            backend="onnx",
+            graph=str(self._folder / "training.onnx"),
+            graph_sha256=digest(graph),
+            data=str(self._folder / "data.npz"),
+            cache=str(self._folder / "calibration"),
+            profile="",
+            slowdown=1.0,
+            shared=True,
+            seed=0,
+        )
+        return replace(chosen, **changes)
+
+    def ask(self, request: exchange.Request) -> exchange.Reply:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        exchange.write(self._process.stdin, request)  # type: ignore[arg-type]  # a pipe of bytes
+        reply = exchange.read_reply(self._process.stdout)  # type: ignore[arg-type]  # a pipe of bytes
+        assert reply is not None
+        return reply
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._process.stdin, self._process.stdout:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Iterator[Trainer]:
+    process = Trainer(tmp_path)
+    yield process
+    process.close()
+
+
+def test_a_trainer_without_torch_trains_and_makes_its_personal_model(trainer: Trainer) -> None:
+    assert isinstance(trainer.ask(trainer.setup()), exchange.Ready)
+    task = first_task()
+    done = trainer.ask(exchange.Work(task=task))
+    assert isinstance(done, exchange.Done)
+    assert done.result.steps == 8
+    fitted = trainer.ask(exchange.Fit(z=task.z + done.result.difference, head=done.result.head))
+    assert isinstance(fitted, exchange.Fitted)
+    assert fitted.personal.accuracy_personal > 0.8
+
+
+def test_a_trainer_refuses_a_graph_that_is_not_what_was_announced_before_it_parses_it(trainer: Trainer) -> None:
+    setup = trainer.setup(graph_sha256=digest(b"another"))
+    Path(setup.graph).write_bytes(b"\xff" * 1000)
+    reply = trainer.ask(setup)
+    assert isinstance(reply, exchange.Failed)
+    assert "another sha256" in reply.reason
+    assert "fetched anew" in reply.reason
+
+
+def test_a_trainer_that_lacks_the_chosen_library_names_it_and_the_other_one(trainer: Trainer) -> None:
+    reply = trainer.ask(trainer.setup(backend="torch"))
+    assert isinstance(reply, exchange.Failed)
+    assert "pip install 'fedeq-edge[torch]'" in reply.reason
+    assert 'backend = "onnx"' in reply.reason
