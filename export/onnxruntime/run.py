@@ -57,6 +57,8 @@ def _answer(session: Any, x: Any, options: argparse.Namespace) -> list[dict[str,
     most = solver["max_iter"] if options.max_iter is None else options.max_iter
     tol = solver["tol"] if options.tol is None else options.tol
     feeds = {"x": x, "tol": np.array(tol, np.float32), "max_iter": np.array(most, np.int64)}
+    known = {value.name for value in session.get_inputs()}  # an unrolled file takes x alone
+    feeds = {name: value for name, value in feeds.items() if name in known}
     rows = zip(*session.run(["logits", "iterations", "residual"], feeds), strict=True)
     return [
         {

@@ -3,25 +3,30 @@
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from fedeq_edge import modelfile
-from fedeq_edge.cli.ask import test_part, torch_engine
-from fedeq_edge.deq.numeric import NumpyDEQ
-from fedeq_edge.deq.wellposed import Certificate
+from fedeq_edge.cli.ask import test_part
+from fedeq_edge.cli.footprint import engine_of, resident_mb
+from fedeq_edge.deq.certificate import Certificate, Rate
+from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.deq.wellposed import rate
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.report.curve import Subject, drawing, page
 from fedeq_edge.report.page import template
 from fedeq_edge.storage import finite, write_atomically
-from fedeq_edge.training.curve import BATCH, Curve, Engine, measure, noise
+from fedeq_edge.training.curve import BATCH, Curve, Samples, measure, noise
 
 EXAMPLE: Final = "Example: fedeq model bench personal.fedeq data.npz --budgets 1..32 --out curve.html"
 # Doublings with one value between: ten rows that show a geometric decay evenly.
@@ -33,29 +38,94 @@ _NOISE_SAMPLES: Final = 256
 
 
 def bench(
-    model: Annotated[Path, typer.Argument(help="personal.fedeq out of a device's state folder.")],
+    model: Annotated[Path, typer.Argument(help="personal.fedeq out of a device's state folder, or an .onnx file.")],
     data: Annotated[
         Path | None, typer.Argument(help="An .npz with x and y, whose test part is asked; noise if not given.")
     ] = None,
     budgets: Annotated[str, typer.Option(help="Values of K, such as 1..32 or 1,2,4..8.")] = _BUDGETS,
     out: Annotated[Path | None, typer.Option(help="Also draw the curve: an .html page or an .svg drawing.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Time torch.compile as well; needs a C++ compiler and a minute.")
+    ] = False,
+    memory: Annotated[bool, typer.Option(help="Also start a process per library and see what it holds.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
-    """Measure what a model's budget buys here: accuracy, residual, proven bound and time against K evaluations."""
+    """Measure what a model's budget buys here: accuracy, residual, proven bound, time and memory against K."""
     sizes = _parse(budgets)
     draw = None if out is None else _drawer(out)
-    found = _readable(model)
-    x, y = (noise(found.spec, np.random.default_rng(0), _NOISE_SAMPLES), None) if data is None else test_part(data)
-    curve = measure(_engines(found), found.spec, found.theta, x, y, sizes)
+    with tempfile.TemporaryDirectory(prefix="fedeq-bench-") as folder:
+        asked = _exported(model) if model.suffix == ".onnx" else _personal(model, Path(folder), compiled=compiled)
+        x, y = (noise(asked.spec, np.random.default_rng(0), _NOISE_SAMPLES), None) if data is None else test_part(data)
+        curve = asked.measure(x, y, (asked.own,) if asked.fixed else sizes)
+        if memory:
+            curve = msgspec.structs.replace(curve, memory_mb=asked.memory_mb())
     samples = f"{len(x)} samples of noise" if data is None else f"{len(x)} test samples of {data.name}"
     if out is not None and draw is not None:
-        subject = Subject(name=model.name, samples=samples, own=found.budget.forward)
+        subject = Subject(name=model.name, samples=samples, own=asked.own)
         write_atomically(out, draw(curve, subject).encode())
     if as_json:
-        told = {"model": str(model), "data": samples, "own_budget": found.budget.forward, **msgspec.to_builtins(curve)}
+        told = {"model": str(model), "data": samples, "own_budget": asked.own, **msgspec.to_builtins(curve)}
         typer.echo(json.dumps(finite(told)))
     else:
         _show_curve(curve, samples, out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A model behind each library that runs it here. files: what each library loads. own: the model's own K.
+
+    fixed: an unrolled file, which has no other.
+    """
+
+    spec: ModelSpec
+    rate: Rate | None
+    own: int
+    files: dict[str, Path]
+    fixed: bool = False
+
+    def measure(self, x: Samples, y: NDArray[np.int64] | None, sizes: Sequence[int]) -> Curve:
+        """The curve of all libraries."""
+        engines = {name: engine_of(name, path)[0] for name, path in self.files.items()}
+        return measure(engines, self.rate, x, y, sizes)
+
+    def memory_mb(self) -> dict[str, float | None]:
+        """What a process of each library holds; an answer of any K."""
+        return {name: resident_mb(name, path, self.own) for name, path in self.files.items()}
+
+
+def _exported(path: Path) -> _Asked:
+    from fedeq_edge.onnx.runtime import Predictor  # noqa: PLC0415  # onnxruntime only where needed
+
+    predictor = Predictor(path)
+    told = predictor.metadata.get("fedeq.model")
+    if told is None:
+        raise ConfigError(f"{path}: written by an older fedeq-edge, it does not say its model; export it again")
+    spec = msgspec.json.decode(told, type=ModelSpec)
+    files = {"onnx": path}
+    return _Asked(spec=spec, rate=predictor.rate, own=predictor.budget, files=files, fixed=predictor.unrolled)
+
+
+def _personal(path: Path, folder: Path, *, compiled: bool) -> _Asked:
+    """torch for every kind of model, numpy for dense ones, onnxruntime where it is installed."""
+    found = modelfile.read(path)
+    files = {} if found.spec.spatial else {"numpy": path}
+    if found.spec.spatial or importlib.util.find_spec("torch") is not None:
+        files |= {"torch": path} | ({"torch.compile": path} if compiled and _compiles(path) else {})
+    if all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime", "torch")):
+        from fedeq_edge.onnx.export import unchecked  # noqa: PLC0415  # onnx only where needed
+
+        files["onnx"] = folder / "model.onnx"
+        content = unchecked(found.spec, found.theta, found.head, budget=found.budget.forward)
+        files["onnx"].write_bytes(content)
+    return _Asked(spec=found.spec, rate=rate(found.theta, found.spec), own=found.budget.forward, files=files)
+
+
+def _compiles(path: Path) -> bool:
+    """Whether torch.compile works here: a process of its own tries, for it fails in many ways."""
+    works = resident_mb("torch.compile", path, 1) is not None
+    if not works:
+        typer.echo("torch.compile does not work here and is left out; it needs a C++ compiler", err=True)
+    return works
 
 
 def _parse(budgets: str) -> tuple[int, ...]:
@@ -83,29 +153,20 @@ def _drawer(out: Path) -> Callable[[Curve, Subject], str]:
     return _DRAWERS[out.suffix]
 
 
-def _readable(path: Path) -> modelfile.ModelFile:
-    if path.suffix == ".onnx":
-        raise ConfigError(f"{path}: bench takes the personal.fedeq that this file was exported from")
-    return modelfile.read(path)
-
-
-def _engines(found: modelfile.ModelFile) -> dict[str, Engine]:
-    """The model behind each library that runs it here: torch for every kind, numpy for dense ones."""
-    if found.spec.spatial:
-        return {"torch": torch_engine(found)}
-    engines: dict[str, Engine] = {"numpy": NumpyDEQ(found.spec, found.theta, found.head)}
-    if importlib.util.find_spec("torch") is not None:
-        engines["torch"] = torch_engine(found)
-    return engines
-
-
 def _show_curve(curve: Curve, samples: str, out: Path | None) -> None:
     console = Console(stderr=True)
     console.print(_table(curve, samples))
-    if "numpy" in curve.points[0].timings and "torch" in curve.points[0].timings:
-        console.print(_faster(*curve.ratio("torch", "numpy")), highlight=False, soft_wrap=True)
+    for name in curve.points[0].timings.keys() - {"torch"} if "torch" in curve.points[0].timings else ():
+        console.print(_faster(name, *curve.ratio("torch", name)), highlight=False, soft_wrap=True)
+    if curve.memory_mb:
+        console.print(_held(curve), highlight=False, soft_wrap=True)
     if out is not None:
         console.print(f"drawn in {out}", highlight=False, soft_wrap=True)
+
+
+def _held(curve: Curve) -> str:
+    held = (f"{name} {'?' if value is None else f'{value:.0f}'}" for name, value in curve.memory_mb.items())
+    return f"MB resident, {BATCH} samples answered: {', '.join(held)}"
 
 
 def _table(curve: Curve, samples: str) -> Table:
@@ -137,11 +198,11 @@ def _proof(proof: Certificate) -> str:
     return f"proven for every input: {proof.norm} |z_K - z*| <= bound{unit}; gamma {proof.gamma:.3f}"
 
 
-def _faster(alone: float, batch: float) -> str:
-    """Which library to take here. alone, batch: time of torch over that of numpy."""
+def _faster(name: str, alone: float, batch: float) -> str:
+    """Which library to take here. alone, batch: time of torch over that of the named one."""
 
     def told(ratio: float) -> str:
-        return f"numpy {ratio:.1f} times as fast as torch" if ratio >= 1.0 else f"torch {1 / ratio:.1f} times as fast"
+        return f"{name} {ratio:.1f} times as fast as torch" if ratio >= 1.0 else f"torch {1 / ratio:.1f} times as fast"
 
     return f"one by one: {told(alone)}; {BATCH} at a time: {told(batch)}"
 

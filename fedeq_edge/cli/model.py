@@ -13,7 +13,9 @@ from rich.table import Table
 from fedeq_edge import modelfile
 from fedeq_edge.cli import bench
 from fedeq_edge.cli.ask import ask, test_part
+from fedeq_edge.data.npz import load_client
 from fedeq_edge.deq.layout import head_layout, size, theta_layout
+from fedeq_edge.onnx.recipe import DEFAULT
 from fedeq_edge.storage import finite
 
 app = typer.Typer(
@@ -23,14 +25,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 app.command(name="bench", epilog=bench.EXAMPLE)(bench.bench)
 
 
-@app.command(epilog="Example: fedeq model export personal.fedeq --out model.onnx --budget 12")
+@app.command(epilog="Example: fedeq model export personal.fedeq --recipe int8 --data data.npz --out model.onnx")
 def export(
     model: Annotated[Path, typer.Argument(help="personal.fedeq out of a device's state folder.")],
     out: Annotated[Path, typer.Option(help="The ONNX file to write.")] = Path("model.onnx"),
+    recipe: Annotated[str, typer.Option(help="Form of the file: onnxruntime, float16, int8, unrolled.")] = DEFAULT,
+    data: Annotated[
+        Path | None, typer.Option(help="An .npz with x and y, for the check; int8 is calibrated with it.")
+    ] = None,
     budget: Annotated[
         int | None, typer.Option(min=1, help="Default of max_iter; the model's own if not given.")
     ] = None,
     tol: Annotated[float | None, typer.Option(min=0.0, help="Default tolerance; the recipe's if not given.")] = None,
+    cross_check: Annotated[
+        bool, typer.Option(help="Compare with torch's own exporter too, if onnxscript is installed; takes seconds.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Write the model as ONNX with the solver inside, after checking it against torch; no file if a check fails."""
@@ -46,21 +55,25 @@ def export(
         tol=tol,
         labels=found.labels or None,
         round_number=found.round,
+        recipe=recipe,
+        samples=None if data is None else load_client(data).x_train,
+        cross_check=cross_check,
     )
-    told = {"path": str(out), "bytes": out.stat().st_size, **msgspec.to_builtins(verification)}
+    told = {"path": str(out), "bytes": out.stat().st_size, "recipe": recipe, **msgspec.to_builtins(verification)}
     if as_json:
         typer.echo(json.dumps(finite(told)))
     else:
         typer.echo(
-            f"{out}: {told['bytes']} bytes, max |onnx - torch| {verification.max_abs_diff:.1e} on logits, "
-            "same iteration counts",
+            f"{out}: {told['bytes']} bytes; against torch: max |onnx - torch| {verification.max_abs_diff:.1e} on "
+            f"logits, {verification.agreement:.1%} equal answers over {verification.samples} samples; "
+            f"second route: {verification.cross_check}",
             err=True,
         )
 
 
 @app.command(epilog="Example: fedeq model inspect personal.fedeq")
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A personal.fedeq or an exported .onnx file.")], as_json: AsJson = False
+    model: Annotated[Path, typer.Argument(help="A personal.fedeq or any .onnx file of ours.")], as_json: AsJson = False
 ) -> None:
     """Show what a model file is."""
     facts = _onnx_facts(model) if model.suffix == ".onnx" else _model_facts(model)
@@ -88,10 +101,13 @@ def _model_facts(path: Path) -> dict[str, object]:
 
 
 def _onnx_facts(path: Path) -> dict[str, object]:
-    from fedeq_edge.onnx.runtime import Predictor  # noqa: PLC0415  # onnxruntime only where needed
+    from fedeq_edge.onnx.runtime import describe  # noqa: PLC0415  # onnxruntime only where needed
 
-    predictor = Predictor(path)
-    return {"input_shape": list(predictor.input_shape), **predictor.metadata}
+    found = describe(path)
+    facts: dict[str, object] = {"kind": found.kind, "bytes": found.size_bytes}
+    if found.kind == "inference":
+        facts["input_shape"] = found.inputs["x"][1:]
+    return {**facts, "inputs": dict(found.inputs), "outputs": dict(found.outputs), **found.metadata}
 
 
 @app.command(epilog="Example: fedeq model infer personal.fedeq data.npz --budget 4")

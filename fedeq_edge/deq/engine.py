@@ -15,12 +15,18 @@ class TorchEngine:
     """Every kind of model, by torch on the CPU; the same interface as `numeric.NumpyDEQ`.
 
     From its making on, torch computes on one thread in this process: models of our size gain nothing from a second.
+    compiled: the cell goes through torch.compile, on its first answer; that takes a C++ compiler and many seconds.
     """
 
-    def __init__(self, spec: ModelSpec, theta: NDArray[np.float32], head: NDArray[np.float32]) -> None:
+    def __init__(
+        self, spec: ModelSpec, theta: NDArray[np.float32], head: NDArray[np.float32], *, compiled: bool = False
+    ) -> None:
         torch.set_num_threads(1)
         self._model = DEQ(spec)
         self._model.load(theta, head)
+        if compiled:
+            # The solver decides on the host, so the loop around the cell stays in Python. Compiled once.
+            self._model.cell.__dict__["step"] = torch.compile(self._model.cell.step, dynamic=True)
 
     def infer(self, x: NDArray[np.float32], *, budget: int, tol: float | None = None) -> Inference:
         """Answers for x (B, *input_shape) with at most `budget` evaluations per sample; tol None spends all of them.

@@ -22,14 +22,13 @@ posed. z of the consensus is none once duals enter (H / R, algorithm.md section 
 Source: algorithm.md section 1, *ours*; monotone cell: Winston & Kolter, NeurIPS 2020; beta: Baillon & Haddad 1977.
 """
 
-from dataclasses import dataclass
 from math import ceil, inf, log, sqrt
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge.consensus.constraint import project
+from fedeq_edge.deq.certificate import Certificate, Rate
 from fedeq_edge.deq.layout import cell_weight, constraints
 from fedeq_edge.deq.spec import CELL_KERNEL, ModelSpec
 from fedeq_edge.errors import ConfigError
@@ -42,21 +41,6 @@ _FLOAT32_ROUNDOFF = 2.0**-24
 _ROUNDING_ROOM = 4.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
-    """For every input, |z_K - z*| <= `bound` after K = `evaluations` plain ones in float32 from the cell's own start.
-
-    norm: max: largest absolute entry of a sample's state; rms: L2 over the root of its size. gamma: rate in that norm.
-    unit: state: the bound as it stands (entries of z* are below 1). injection: the bound times the rms of u.
-    """
-
-    norm: Literal["max", "rms"]
-    gamma: float
-    evaluations: int
-    bound: float
-    unit: Literal["state", "injection"]
-
-
 def constrain(theta: NDArray[np.floating], spec: ModelSpec) -> None:
     """theta (p,) lies in the constraint set of the spec afterwards, moved in place by the least distance."""
     project(theta, constraints(spec))
@@ -66,16 +50,22 @@ def certificate(theta: NDArray[np.floating], spec: ModelSpec, evaluations: int) 
     """What theta (p,) promises at so many evaluations >= 1; None where nothing is proven (residual, gamma >= 1)."""
     if evaluations < 1:
         raise ConfigError(f"certificate: evaluations is {evaluations}; certify at least 1")
+    found = rate(theta, spec)
+    return None if found is None else found.certificate(evaluations)
+
+
+def rate(theta: NDArray[np.floating], spec: ModelSpec) -> Rate | None:
+    """What theta (p,) promises at every budget; None where nothing is proven (residual, gamma >= 1)."""
     gamma = inf if spec.cell == "residual" else contraction_rate(theta, spec)
     if not gamma < 1.0:
         return None
-    scale = 1.0 / _monotonicity(_weight(theta, spec)) if spec.cell == "monotone" else 1.0
-    return Certificate(
+    monotone = spec.cell == "monotone"
+    return Rate(
         norm="max" if spec.cell == "contractive" and spec.norm == "max" else "rms",
         gamma=gamma,
-        evaluations=evaluations,
-        bound=scale * (gamma ** (evaluations + 1) + _rounding(gamma, spec)),
-        unit="injection" if spec.cell == "monotone" else "state",
+        scale=1.0 / _monotonicity(_weight(theta, spec)) if monotone else 1.0,
+        rounding=_rounding(gamma, spec),
+        unit="injection" if monotone else "state",
     )
 
 

@@ -16,7 +16,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedeq_edge.deq.wellposed import Certificate, adjoint_terms_for, evaluations_for
+from fedeq_edge.deq.certificate import Certificate
+from fedeq_edge.deq.wellposed import adjoint_terms_for, evaluations_for
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.training.step import LARGEST_BUDGET, Budget, Calibration
 

@@ -36,4 +36,7 @@ def open_session(model: Path | bytes, threads: int, name: str = "the model") -> 
     except Exception as error:  # its exceptions share no base class below Exception
         reason = str(error).splitlines()[0]
         label = name if isinstance(model, bytes) else model
-        raise ExportError(f"{label}: onnxruntime {onnxruntime.__version__} cannot load it: {reason}") from error
+        remedy = "is it truncated, or for a newer onnxruntime? export it again"
+        raise ExportError(
+            f"{label}: onnxruntime {onnxruntime.__version__} cannot load it ({reason}); {remedy}"
+        ) from error

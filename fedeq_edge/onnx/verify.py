@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from fedeq_edge.deq.method import Picard
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.onnx.runtime import Prediction, Predictor
+from fedeq_edge.onnx import cross
+from fedeq_edge.onnx.recipe import Recipe
+from fedeq_edge.onnx.runtime import Prediction, Predictor, evaluate
 from fedeq_edge.training.curve import noise
 
 Samples = NDArray[np.float32]
+Parameters = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 # float32 sums in another order move a residual by some 1e-4 of itself (measured near r = 1e-5: 4e-3). Where it falls
 # that close to the tolerance, stopping one evaluation earlier or later is equally right.
@@ -23,14 +26,23 @@ TIE = 0.01
 # A tenth of the usual limit on the difference: where float32 is off by more, two correct programs may differ by it.
 NOISE = 1e-5
 LATENCY_RUNS = 20
+# Real samples that are compared: spread over the file, and few enough for a device's whole data not to take minutes.
+MOST_REAL = 256
+# A sum over a batch may be taken in another order than over one sample. An int8 cell makes a step out of that.
+BATCH_NOISE = {"float32": 1e-4, "float16": 1e-4, "int8": 0.1}
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
     """How an exported model compares with torch.
 
-    max_abs_diff: largest difference of a finite logit; infinite where one side alone is NaN or infinite.
-    iterations_equal: counts agree for every sample, but for ties at the tolerance. iterations_mean: over random inputs.
-    latency_ms: median for one sample on one thread of this machine. samples: how many were compared.
+    max_abs_diff: largest difference of a finite logit from torch with the file's parameters; infinite where one side
+    alone is NaN or infinite. iterations_equal: counts agree for every sample, but for ties at the tolerance.
+    iterations_mean: over typical inputs, real ones if given. latency_ms: median for one sample on one thread of this
+    machine. samples: how many were compared, real_samples: how many of them were real.
+    agreement: share of typical inputs whose answer is that of torch with the model's own parameters; logit_error: L2
+    error of their logits, relative. isolated: a sample answers alone as in a batch, whatever else the batch holds.
+    cross_check: what came of the comparison with torch's own exporter; cross_check_diff: its largest difference of a
+    logit, None where it was not made.
     """
 
     max_abs_diff: float
@@ -38,6 +50,36 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     iterations_mean: float
     latency_ms: float
     samples: int
+    real_samples: int
+    agreement: float
+    logit_error: float
+    isolated: bool
+    cross_check: str
+    cross_check_diff: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was exported. theta, head: the model's own parameters; parameters: those that the file stands for.
+
+    budget, tol: the file's defaults. samples: real ones, (n, *input_shape).
+    """
+
+    spec: ModelSpec
+    theta: NDArray[np.float32]
+    head: NDArray[np.float32]
+    parameters: Parameters
+    recipe: Recipe
+    budget: int
+    tol: float
+    samples: Samples | None
+    cross_check: bool
+
+    @property
+    def settings(self) -> list[tuple[int, float]]:
+        """(budget, tol) pairs to compare at: the file's own and, if it takes any, half of it."""
+        own = [(self.budget, self.tol)]
+        return own if self.recipe.form == "unrolled" else [*own, (max(1, self.budget // 2), 10 * self.tol)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,44 +94,64 @@ class _Budget:
     adjoint: int = 0
 
 
-def verify(
-    model: bytes, spec: ModelSpec, theta: NDArray[np.float32], head: NDArray[np.float32], *, budget: int, tol: float
-) -> Verification:
+def verify(model: bytes, request: Request) -> Verification:
     """The exported `model` compared with torch's solve of the same spec and parameters; raises nothing of its own.
 
-    Inputs: batches of 1, 3 and 32 (seeded, in the scale of the model's normalisation), all zeros, and a batch whose
-    middle sample holds NaN; each with the full budget and tolerance, and with both cut.
+    Inputs: batches of 1, 3 and 32 (seeded, in the scale of the model's normalisation), real ones, all zeros, and a
+    batch whose middle sample holds NaN; each with the full budget and tolerance, and with both cut.
     """
-    reference, exact = DEQ(spec), DEQ(spec, dtype=torch.float64)
-    for twin in (reference, exact):
-        twin.load(theta, head)
+    spec, settings = request.spec, request.settings
+    reference, exact = (_torch(spec, request.parameters, dtype) for dtype in (torch.float32, torch.float64))
     predictor = Predictor(model)
-    typical, edges = list(_typical(spec)), list(_edges(spec))
-    settings = [(budget, tol), (max(1, budget // 2), 10 * tol)]
+    typical, edges = [*_random(spec), *_real(request.samples)], list(_edges(spec))
     checks = [
         *(_compare(predictor, reference, x, *setting) for x in typical for setting in settings),
         *(_compare(predictor, reference, x, *setting, exact) for x in edges for setting in settings),
     ]
+    agreement, logit_error = _kept(predictor, request, typical[-1])
+    outcome, cross_check_diff = _cross_check(model, request, reference)
     return Verification(
         max_abs_diff=max(difference for difference, _ in checks),
         iterations_equal=all(equal for _, equal in checks),
         iterations_mean=float(predictor.infer(typical[-1]).iterations.mean()),
         latency_ms=_latency_ms(predictor, typical[0]),
         samples=len(settings) * sum(map(len, [*typical, *edges])),
+        real_samples=0 if request.samples is None else len(typical[-1]),
+        agreement=agreement,
+        logit_error=logit_error,
+        isolated=_isolated(predictor, request, typical[-1][:32]),
+        cross_check=outcome,
+        cross_check_diff=cross_check_diff,
     )
 
 
-def _typical(spec: ModelSpec) -> Iterator[Samples]:
+def _torch(spec: ModelSpec, parameters: Parameters, dtype: torch.dtype = torch.float32) -> DEQ:
+    model = DEQ(spec, dtype=dtype)
+    model.load(*parameters)
+    return model
+
+
+def _random(spec: ModelSpec) -> Iterator[Samples]:
     generator = np.random.default_rng(0)
     for count in (1, 3, 32):
         yield noise(spec, generator, count)
 
 
+def _real(samples: Samples | None) -> Iterator[Samples]:
+    if samples is not None:
+        yield samples[:: -(-len(samples) // MOST_REAL)].astype(np.float32)
+
+
 def _edges(spec: ModelSpec) -> Iterator[Samples]:
     yield np.zeros((2, *spec.input_shape), dtype=np.float32)
-    spoilt = noise(spec, np.random.default_rng(1), 3)
-    spoilt[1].flat[0] = np.nan
-    yield spoilt
+    yield _spoilt(noise(spec, np.random.default_rng(1), 3))
+
+
+def _spoilt(x: Samples) -> Samples:
+    """The samples with NaN in the middle one."""
+    spoilt = x.copy()
+    spoilt[len(x) // 2].flat[0] = np.nan
+    return spoilt
 
 
 def _compare(
@@ -140,6 +202,54 @@ def _difference(found: NDArray[np.float32], expected: NDArray[np.floating], excu
         return float("inf")
     compared = np.isfinite(found) & ~excused[:, None]
     return float(np.abs(found[compared] - expected[compared]).max(initial=0.0))
+
+
+def _kept(predictor: Predictor, request: Request, x: Samples) -> tuple[float, float]:
+    """(share of equal answers, relative L2 error of logits) against torch with the model's own parameters.
+
+    torch spends the whole budget: what a smaller precision needs a larger tolerance for counts as its error.
+    """
+    own = _answer(_torch(request.spec, (request.theta, request.head)), x, request.budget, 0.0).logits
+    found = predictor.infer(x).logits
+    scale = float(np.linalg.norm(own)) or 1.0  # of a model without weights
+    return float(np.mean(found.argmax(1) == own.argmax(1))), float(np.linalg.norm(found - own)) / scale
+
+
+def _isolated(predictor: Predictor, request: Request, x: Samples) -> bool:
+    """Whether the samples answer alone as together, and exactly as before beside one that is spoilt."""
+    together, beside = predictor.infer(x), predictor.infer(_spoilt(x))
+    others = np.arange(len(x)) != len(x) // 2
+    if (
+        not np.array_equal(together.logits[others], beside.logits[others])
+        or np.isfinite(beside.residual[~others]).any()
+    ):
+        return False
+    alone = [predictor.infer(row[None]) for row in x]
+    scale = max(1.0, float(np.abs(together.logits).max()))
+    limit = scale * BATCH_NOISE[request.recipe.precision] + 2 * request.tol * scale  # two answers that stop at a tie
+    logits = np.concatenate([one.logits for one in alone])
+    return bool(np.abs(logits - together.logits).max() <= limit)
+
+
+def _cross_check(model: bytes, request: Request, reference: DEQ) -> tuple[str, float | None]:
+    """(what came of it, largest difference of a logit from the file that torch's own exporter makes)."""
+    if not request.cross_check:
+        return "not asked for", None
+    if not cross.available():
+        return "not run: onnxscript is not installed", None
+    x = noise(request.spec, np.random.default_rng(2), 3)
+    feeds: dict[str, NDArray[np.generic]] = {
+        "x": x,
+        "tol": np.array(0.0, dtype=np.float32),
+        "max_iter": np.array(request.budget, dtype=np.int64),
+    }
+    try:
+        second = evaluate(cross.second_model(reference, x), feeds)
+    except Exception as error:  # the exporter's exceptions share no base, and what it can do changes with torch
+        return f"not run: torch {torch.__version__} cannot export it ({type(error).__name__})", None
+    found = Predictor(model).infer(x, tol=0.0)
+    difference = float(np.abs(found.logits - second["logits"]).max())
+    return f"torch's own exporter differs by at most {difference:.1e}", difference
 
 
 def _latency_ms(predictor: Predictor, x: Samples) -> float:

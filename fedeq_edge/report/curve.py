@@ -19,7 +19,7 @@ MOST_DOUBLINGS = 11
 ACCURACY_MARGIN = 0.02
 # Far below the rounding of any state: it would only stretch an axis.
 SMALLEST_DRAWN = 1e-30
-ENGINE_STYLES = {"torch": "first", "numpy": "second"}
+ENGINE_STYLES = {"torch": "first", "numpy": "second", "onnx": "third", "torch.compile": "fourth"}
 NORMS = {"max": "largest component", "rms": "root mean square"}
 UNITS = {"state": "", "injection": " times that of the injection u"}
 

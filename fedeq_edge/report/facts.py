@@ -3,7 +3,7 @@
 import msgspec
 
 from fedeq_edge.consensus.methods import Heads
-from fedeq_edge.deq.wellposed import Certificate
+from fedeq_edge.deq.certificate import Certificate
 
 
 class Data(msgspec.Struct, frozen=True, kw_only=True):

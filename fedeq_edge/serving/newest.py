@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge import modelfile
+from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.deq.numeric import Inference, NumpyDEQ
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.deq.wellposed import Certificate, certificate
+from fedeq_edge.deq.wellposed import certificate
 from fedeq_edge.errors import ConfigError, DataError, ExportError, FedEqError, StateError
 from fedeq_edge.onnx.recipe import load_recipe
 from fedeq_edge.storage import finite

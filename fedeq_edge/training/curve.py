@@ -11,10 +11,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedeq_edge.deq.certificate import Certificate, Rate
 from fedeq_edge.deq.numeric import Inference
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.deq.wellposed import Certificate, certificate
-from fedeq_edge.training.step import Vector
 
 Samples = NDArray[np.float32]
 
@@ -64,10 +63,15 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):
-    """Points by ascending K, over `samples` samples."""
+    """Points by ascending K, over `samples` samples.
+
+    memory_mb: by engine, resident in a process that has answered `BATCH` samples; None where that failed. K, which
+    repeats a loop, does not change it.
+    """
 
     samples: int
     points: tuple[Point, ...]
+    memory_mb: dict[str, float | None] = {}
 
     def ratio(self, engine: str, other: str) -> tuple[float, float]:
         """Time of `engine` over that of `other`, summed over K: (alone, in batches)."""
@@ -79,8 +83,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure(
     engines: Mapping[str, Engine],
-    spec: ModelSpec,
-    theta: Vector,
+    rate: Rate | None,
     x: Samples,
     y: NDArray[np.int64] | None,
     budgets: Sequence[int],
@@ -89,7 +92,8 @@ def measure(
 ) -> Curve:
     """The curve of a model over samples x (n, *input_shape), n >= 1, with labels y (n,) or without.
 
-    engines: the same model behind one library or more; the first one answers, all are timed. budgets: ascending.
+    engines: the same model behind one library or more; the first one answers, all are timed. rate: what its parameters
+    promise, None without a proof. budgets: ascending.
     limit_s: seconds after which no further sweep of timings begins (one is always completed).
     """
     reference = next(iter(engines.values()))
@@ -103,7 +107,7 @@ def measure(
             accuracy=None if y is None else float(np.mean(answer.logits.argmax(axis=1) == y)),
             residual_mean=float(answer.residual.mean()),
             residual_max=float(answer.residual.max()),
-            certificate=certificate(theta, spec, K),
+            certificate=None if rate is None else rate.certificate(K),
             change=float(np.linalg.norm(answer.logits - last)) / scale,
             timings={name: timings[name, K] for name in engines},
         )

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedeq_edge.deq.wellposed import Certificate
+from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.errors import ConfigError
 
 Vector = NDArray[np.float32]

@@ -17,7 +17,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from fedeq_edge.consensus.fixed import WHOLE
-from fedeq_edge.deq.wellposed import Certificate
+from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.errors import RemoteWireError
 from fedeq_edge.wire import frame
 from fedeq_edge.wire.chunks import DIGEST_BYTES

@@ -154,7 +154,7 @@ def test_the_status_of_a_root_names_the_workers_that_it_waits_for(fedeq: "Fedeq"
 
 
 def test_a_model_is_exported_inspected_and_asked(fedeq: "Fedeq", place: Path, personal: Path) -> None:
-    told = _json(fedeq, "model", "export", personal, "--out", "model.onnx", "--budget", "5")
+    told = _json(fedeq, "model", "export", personal, "--out", "model.onnx", "--budget", "5", "--no-cross-check")
     assert told["max_abs_diff"] <= 1e-4
     assert told["bytes"] == (place / "model.onnx").stat().st_size
     assert _json(fedeq, "model", "inspect", personal)["device"] == "a"
@@ -165,7 +165,7 @@ def test_a_model_is_exported_inspected_and_asked(fedeq: "Fedeq", place: Path, pe
 
 
 def test_a_personal_model_answers_as_the_file_exported_from_it(fedeq: "Fedeq", place: Path, personal: Path) -> None:
-    fedeq("model", "export", personal)
+    fedeq("model", "export", personal, "--no-cross-check")
     ours, exported = (
         _json(fedeq, "model", "infer", model, "data.npz", "--budget", "5", "--tol", "1e-3")
         for model in (personal, "model.onnx")
@@ -185,11 +185,11 @@ def test_a_personal_model_of_images_is_answered_with_the_whole_budget_if_no_samp
 def test_model_bench_tells_the_curve_of_a_dense_model_by_both_libraries(
     fedeq: "Fedeq", place: Path, personal: Path
 ) -> None:
-    told = _json(fedeq, "model", "bench", personal, "data.npz", "--budgets", "1..3,8")
+    told = _json(fedeq, "model", "bench", personal, "data.npz", "--budgets", "1..3,8", "--no-memory")
     assert [point["evaluations"] for point in told["points"]] == [1, 2, 3, 8]
     assert (told["samples"], told["own_budget"]) == (8, 6)
     for point in told["points"]:
-        assert set(point["timings"]) == {"numpy", "torch"}
+        assert set(point["timings"]) == {"numpy", "torch", "onnx"}
         assert 0 <= point["accuracy"] <= 1
         assert point["certificate"]["evaluations"] == point["evaluations"]
     bounds = [point["certificate"]["bound"] for point in told["points"]]
@@ -198,17 +198,38 @@ def test_model_bench_tells_the_curve_of_a_dense_model_by_both_libraries(
 
 
 def test_model_bench_without_data_or_proof_leaves_out_what_it_cannot_know(fedeq: "Fedeq", image: Path) -> None:
-    told = _json(fedeq, "model", "bench", image, "--budgets", "2")
+    told = _json(fedeq, "model", "bench", image, "--budgets", "2", "--no-memory")
     (point,) = told["points"]
     assert (point["accuracy"], point["certificate"]) == (None, None)
-    assert set(point["timings"]) == {"torch"}
-    shown = fedeq("model", "bench", image, "--budgets", "2").err
+    assert set(point["timings"]) == {"torch", "onnx"}
+    shown = fedeq("model", "bench", image, "--budgets", "2", "--no-memory").err
     assert "no proof" in shown
+
+
+def test_model_bench_measures_an_exported_file_with_its_memory(fedeq: "Fedeq", place: Path, personal: Path) -> None:
+    for recipe, budgets in (("float16", [1, 4]), ("unrolled", [6])):
+        fedeq("model", "export", personal, "--recipe", recipe, "--no-cross-check")
+        more = [] if recipe == "float16" else ["--no-memory"]
+        told = _json(fedeq, "model", "bench", "model.onnx", "data.npz", "--budgets", "1,4", *more)
+        assert [point["evaluations"] for point in told["points"]] == budgets
+        assert told["points"][0]["certificate"]["evaluations"] == budgets[0]
+        assert set(told["points"][0]["timings"]) == {"onnx"}
+        assert not more or told["memory_mb"] == {}
+        assert more or 10 < told["memory_mb"]["onnx"] < 1000
+
+
+def test_an_int8_file_is_calibrated_from_a_data_file(fedeq: "Fedeq", place: Path, image: Path) -> None:
+    refused = fedeq("model", "export", image, "--recipe", "int8")
+    assert (refused.status, refused.err.count("\n")) == (1, 1)
+    assert "--data" in refused.err
+    np.savez(place / "flat.npz", x=np.zeros((10, 7), np.float32), y=np.arange(10) % 2)
+    assert "the model takes (n, 1, 6, 6)" in fedeq("model", "export", image, "--data", "flat.npz").err
+    assert not (place / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("name", ["curve.html", "curve.svg"])
 def test_model_bench_draws_its_curve(fedeq: "Fedeq", place: Path, personal: Path, name: str) -> None:
-    told = fedeq("model", "bench", personal, "data.npz", "--budgets", "1,4", "--out", name)
+    told = fedeq("model", "bench", personal, "data.npz", "--budgets", "1,4", "--no-memory", "--out", name)
     assert told.status == 0, told.err
     assert f"drawn in {name}" in told.err
     assert "<svg" in (place / name).read_text()
@@ -230,7 +251,7 @@ def test_device_probe_promises_no_accuracy_without_a_proof(fedeq: "Fedeq", image
 
 
 def test_data_of_another_shape_than_the_models_is_named(fedeq: "Fedeq", place: Path, personal: Path) -> None:
-    fedeq("model", "export", personal)
+    fedeq("model", "export", personal, "--no-cross-check")
     np.savez(place / "wide.npz", x=np.zeros((10, 7), np.float32), y=np.arange(10) % 2)
     told = fedeq("model", "infer", "model.onnx", "wide.npz")
     assert told.status in (1, 2)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from fedeq_edge.consensus.constraint import feasible
 from fedeq_edge.deq.cell import MonotoneCell
+from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.layout import cell_weight, constraints, size, theta_layout
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.solution import Result
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.deq.wellposed import (
-    Certificate,
     adjoint_terms_for,
     certificate,
     constrain,

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.deq.wellposed import Certificate, adjoint_terms_for, certificate
+from fedeq_edge.deq.wellposed import adjoint_terms_for, certificate
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.hardware.budget import (
     Allowance,

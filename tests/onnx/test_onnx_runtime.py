@@ -141,7 +141,7 @@ def test_files_that_are_no_models_of_ours_are_refused(tmp_path: Path, model: Pat
     damaged, foreign, newer = tmp_path / "damaged.onnx", tmp_path / "foreign.onnx", tmp_path / "newer.onnx"
     damaged.write_bytes(model.read_bytes()[:100])
     proto = onnx.load(model)
-    onnx.helper.set_model_props(proto, {"fedeq.schema_version": "2"})
+    onnx.helper.set_model_props(proto, {"fedeq.schema_version": "2.3"})
     newer.write_bytes(proto.SerializeToString())
     del proto.metadata_props[:]
     foreign.write_bytes(proto.SerializeToString())
@@ -150,7 +150,7 @@ def test_files_that_are_no_models_of_ours_are_refused(tmp_path: Path, model: Pat
         (tmp_path / "none.onnx", "no such file"),
         (damaged, "cannot load it"),
         (foreign, "not written by fedeq-edge"),
-        (newer, "schema version 2, this program reads 1"),
+        (newer, "schema version 2.3, this program reads 1; update"),
     ):
         with pytest.raises(ExportError, match=message) as caught:
             Predictor(path)
@@ -172,6 +172,26 @@ import fedeq_edge.onnx.runtime
 @pytest.mark.parametrize(("chosen", "seen"), [({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")])
 def test_telemetry_is_off_before_onnxruntime_loads_unless_the_user_decided(chosen: dict[str, str], seen: str) -> None:
     assert python("-c", WATCH_THE_IMPORT, **chosen).stdout.split() == [seen]
+
+
+WATCH_THE_PROCESS = """
+import os, sys
+from pathlib import Path
+import numpy
+from fedeq_edge.onnx.runtime import Predictor
+Predictor(Path(sys.argv[1])).infer(numpy.zeros((1, 3, 16)))
+fds = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+print(sum(os.readlink(path).startswith("socket:") for path in fds))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="sockets are counted in /proc")
+def test_answering_opens_no_socket_and_leaves_no_device_id(model: Path, tmp_path: Path) -> None:
+    """onnxruntime 1.31 left alone writes .cache/Microsoft/DeveloperTools/.onnxruntime/deviceid on its import."""
+    done = python("-c", WATCH_THE_PROCESS, str(model), HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache"))
+
+    assert done.stdout.split() == ["0"], done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_module_of_the_package_imports_onnxruntime() -> None:
@@ -208,6 +228,17 @@ def test_the_runner_that_travels_without_us_answers_alike(model: Path, predictor
     assert [line["iterations"] for line in lines] == expected.iterations.tolist()
     assert [line["label"] for line in lines] == [None if name == "?" else name for name in expected.labels]
     assert done.returncode == 0
+
+
+def test_the_runner_takes_an_unrolled_file(tmp_path: Path) -> None:
+    export(SPEC, *initial(SPEC, 0), tmp_path / "flat.onnx", budget=4, recipe="unrolled")
+    np.save(tmp_path / "x.npy", samples(2))
+
+    done = python(
+        str(folder("export") / "onnxruntime" / "run.py"), str(tmp_path / "flat.onnx"), str(tmp_path / "x.npy")
+    )
+
+    assert [json.loads(line)["iterations"] for line in done.stdout.splitlines()] == [4, 4]
 
 
 def test_the_runner_names_what_does_not_fit(model: Path, tmp_path: Path) -> None:

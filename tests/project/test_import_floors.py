@@ -20,7 +20,7 @@ FLOORS = {
     5: ("cli", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
-TORCH = {"deq", "backends", "training/torch_step.py", "onnx/verify.py"}
+TORCH = {"deq", "backends", "training/torch_step.py", "onnx/verify.py", "onnx/cross.py"}
 
 
 def modules() -> list[Path]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedeq_edge.deq.wellposed import Certificate
+from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.report.curve import Subject, drawing, page, panels
 from fedeq_edge.training.curve import Curve, Point, Timing
 

@@ -9,7 +9,7 @@ from fedeq_edge.deq.engine import TorchEngine
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.numeric import Inference, NumpyDEQ
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.deq.wellposed import certificate
+from fedeq_edge.deq.wellposed import certificate, rate
 from fedeq_edge.errors import DataError
 from fedeq_edge.training.curve import BATCH, Curve, Point, Samples, Timing, measure, noise
 
@@ -35,7 +35,7 @@ def test_accuracy_residual_and_change_are_those_of_each_budget() -> None:
     x = np.repeat(np.arange(600.0, dtype=np.float32)[:, None], 6, axis=1)
     theta, _ = initial(DENSE, 0)
 
-    curve = measure({"torch": Stepwise()}, DENSE, theta, x, np.ones(600, np.int64), [2, 3, 6], limit_s=0.0)
+    curve = measure({"torch": Stepwise()}, rate(theta, DENSE), x, np.ones(600, np.int64), [2, 3, 6], limit_s=0.0)
 
     assert curve.samples == 600
     assert [point.evaluations for point in curve.points] == [2, 3, 6]
@@ -52,8 +52,7 @@ def test_every_engine_is_timed_alone_and_in_batches_and_the_first_one_answers() 
 
     curve = measure(
         {"numpy": first, "torch": second},
-        DENSE,
-        theta,
+        rate(theta, DENSE),
         noise(DENSE, np.random.default_rng(0), 5),
         None,
         [1, 4],

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fedeq_edge.deq.wellposed import Certificate
+from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.errors import RemoteWireError
 from fedeq_edge.wire import frame, messages
 
