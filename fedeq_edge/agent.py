@@ -205,7 +205,9 @@ class Agent:
         self._watchdog_s = health.watchdog_s()
         self._fed_at = -math.inf
         place = chosen.answers_at(path)
-        self._answers = None if place is None else Listener(place, self._folder, idle_s=chosen.trainer_idle_s)
+        self._answers = (
+            None if place is None else Listener(place, self._folder, idle_s=chosen.trainer_idle_s, graphs=folders)
+        )
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""

@@ -1,4 +1,4 @@
-"""The answering process: `python -m fedeq_edge.serving SOCKET_NUMBER STATE IDLE_S`, started by listener.py.
+"""The answering process: `python -m fedeq_edge.serving SOCKET_NUMBER STATE IDLE_S [GRAPHS...]`, started by listener.py.
 
 It leaves after IDLE_S without requests, and at once when its stdin is closed: the link has left, or has died.
 """
@@ -17,10 +17,12 @@ from fedeq_edge.serving.server import AnswerServer
 def main(arguments: list[str]) -> None:
     """Answer until nobody asks any more."""
     logs.configure()
-    number, state, idle_s = arguments
+    number, state, idle_s, *graphs = arguments
     threading.Thread(target=_leave_with_the_link, name="link", daemon=True).start()
     with socket.socket(fileno=int(number)) as listening:
-        AnswerServer(listening, Newest(Path(state))).serve_until_idle(float(idle_s))
+        AnswerServer(listening, Newest(Path(state), [Path(folder) for folder in graphs])).serve_until_idle(
+            float(idle_s)
+        )
 
 
 def _leave_with_the_link() -> None:

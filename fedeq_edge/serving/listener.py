@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,20 +30,15 @@ class Listener:
     """Answers are to be had at `address` from now on, until `stop`; raises ConfigError where they cannot be.
 
     state: the folder with the personal model. idle_s: the answering process leaves after so long without requests.
+    graphs: folders with further training graphs.
     """
 
-    def __init__(self, address: Address, state: Path, *, idle_s: float) -> None:
+    def __init__(self, address: Address, state: Path, *, idle_s: float, graphs: Sequence[Path] = ()) -> None:
         self._address = address
         self._socket = listen(address)
         self._log_path = state / LOG_NAME
-        self._command = [
-            sys.executable,
-            "-m",
-            "fedeq_edge.serving",
-            str(self._socket.fileno()),
-            str(state),
-            str(idle_s),
-        ]
+        words = (self._socket.fileno(), state, idle_s, *graphs)
+        self._command = [sys.executable, "-m", "fedeq_edge.serving", *map(str, words)]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stop_read, self._stop_write = os.pipe()

@@ -1,15 +1,17 @@
 """The newest personal model of a state folder, and what it answers.
 
-personal.fedeq is what the agent writes at the end of a federation: dense ones are answered by numpy. personal.onnx is
-what `fedeq model export` makes of it: onnxruntime answers, convolutional ones too. The newer of the two that can be
-answered here answers; it is looked at with every request and loaded again when it has changed.
+personal.fedeq is what the agent writes at the end of a federation: numpy answers dense ones, the solver graph inside
+the training graph (training.onnx) convolutional ones. personal.onnx is what `fedeq model export` makes of it:
+onnxruntime answers. The newer of the two that can be answered here answers; it is looked at with every request and
+loaded again when it has changed.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from fedeq_edge import modelfile
 from fedeq_edge.deq.certificate import Certificate
+from fedeq_edge.deq.layout import head_layout
 from fedeq_edge.deq.numeric import Inference, NumpyDEQ
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.deq.wellposed import certificate
@@ -91,10 +94,14 @@ class Model:
 
 
 class Newest:
-    """Whatever is the newest model in the folder `state` at the moment; threads may share it."""
+    """Whatever is the newest model in the folder `state` at the moment; threads may share it.
 
-    def __init__(self, state: Path) -> None:
+    graphs: folders where training graphs may lie as *.onnx, beside the state folder's own.
+    """
+
+    def __init__(self, state: Path, graphs: Sequence[Path] = ()) -> None:
         self._state = state
+        self._graphs = (state, *graphs)
         self._lock = threading.Lock()
         self._stamp: tuple[object, ...] = ()
         self._model: Model | None = None
@@ -106,7 +113,7 @@ class Newest:
             stamp = tuple(found)
             if self._model is None or stamp != self._stamp:
                 self._model, self._stamp = None, stamp  # the old one makes room first
-                self._model = _first_that_loads([path for _, path, *_ in found], self._state)
+                self._model = _first_that_loads([path for _, path, *_ in found], self._graphs)
             return self._model
 
 
@@ -120,11 +127,11 @@ def _found(state: Path) -> Iterator[tuple[int, Path, int, int]]:
         yield status.st_mtime_ns, path, status.st_ino, status.st_size
 
 
-def _first_that_loads(paths: list[Path], state: Path) -> Model:
+def _first_that_loads(paths: list[Path], graphs: Sequence[Path]) -> Model:
     errors: list[FedEqError] = []
     for path in paths:
         try:
-            model = _exported(path) if path.suffix == ".onnx" else _personal(path)
+            model = _exported(path) if path.suffix == ".onnx" else _personal(path, graphs)
         except FedEqError as error:
             log.warning("cannot answer with this model", extra={"reason": str(error)})
             errors.append(error)
@@ -134,26 +141,35 @@ def _first_that_loads(paths: list[Path], state: Path) -> Model:
     if errors:
         raise errors[0]
     raise StateError(
-        f"no personal model in {state} yet: the device makes one when its federation ends; "
+        f"no personal model in {graphs[0]} yet: the device makes one when its federation ends; "
         f"a {NAMES[0]} that is put there serves, too"
     )
 
 
-def _personal(path: Path) -> Model:
+def _personal(path: Path, graphs: Sequence[Path]) -> Model:
     found = modelfile.read(path)
-    if found.spec.spatial:
-        raise ExportError(
-            f"{path} is convolutional, which numpy does not answer: run fedeq model export {path} "
-            f"--out {path.with_suffix('.onnx')}"
-        )
+    spatial = bool(found.spec.spatial)
     return Model(
-        engine=NumpyDEQ(found.spec, found.theta, found.head),
+        engine=_graph_engine(path, found, graphs) if spatial else NumpyDEQ(found.spec, found.theta, found.head),
         input_shape=found.spec.input_shape,
         labels=found.labels or tuple(map(str, range(found.spec.classes))),
         budget=found.budget.forward,
-        tol=load_recipe().tol,
+        tol=0.0 if spatial else load_recipe().tol,
         facts={"file": path.name, "run": found.run, "round": found.round, "device": found.device},
         certify=_certifier(found.theta, found.spec),
+    )
+
+
+def _graph_engine(path: Path, found: modelfile.ModelFile, graphs: Sequence[Path]) -> Engine:
+    """The model behind the training graph of its spec. Raises ExportError without onnxruntime or such a graph."""
+    from fedeq_edge.onnx.trainer import TrainingGraph  # noqa: PLC0415  # onnxruntime only where needed
+
+    for candidate in (file for folder in graphs for file in sorted(folder.glob("*.onnx"))):
+        with contextlib.suppress(ExportError, OSError):  # a file of another kind, or another model's
+            return _GraphEngine(TrainingGraph(candidate.read_bytes(), expect=found.spec), found)
+    raise ExportError(
+        f'{path} is convolutional and there is no training graph for it, as backend = "onnx" brings one: run '
+        f"fedeq model export {path} --out {path.with_suffix('.onnx')}"
     )
 
 
@@ -194,6 +210,24 @@ def _stored_certificate(metadata: Mapping[str, str]) -> Callable[[int], Certific
         return dataclasses.replace(own, evaluations=evaluations, bound=own.bound * factor)
 
     return proven
+
+
+class _GraphEngine:
+    """A personal model behind the solver graph that devices train with; it spends the whole budget."""
+
+    def __init__(self, graph: Any, found: modelfile.ModelFile) -> None:  # its class is known where onnxruntime is
+        weights = {slot.name: slot.view(found.head) for slot in head_layout(found.spec)}
+        self._graph, self._theta = graph, found.theta
+        self._weight, self._bias = weights["head.weight"], weights["head.bias"]
+
+    def infer(self, x: Samples, *, budget: int, tol: float | None = None) -> Inference:
+        if tol is not None:
+            raise ConfigError(
+                f"tol {tol}: a training graph spends the whole budget; leave tol out, or export the model"
+            )
+        features, residual = self._graph.solve(x, self._theta, forward=budget)
+        logits = features @ self._weight.T + self._bias
+        return Inference(logits=logits, evaluations=np.full(len(x), budget), residual=residual)
 
 
 class _OnnxEngine:
