@@ -13,7 +13,8 @@ export OMP_NUM_THREADS ?= 1
 export ORT_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-devices test-runners lint format bench bench-deq bench-wire bench-har fuzz clean mosquitto
+.PHONY: help install demo test test-devices test-runners lint format bench bench-deq bench-wire bench-onnx bench-backends bench-har fuzz clean \
+	mosquitto boards
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +38,9 @@ demo: $(INSTALLED) ## Run a fleet of six emulated boards on this machine (DEMO_O
 test: $(INSTALLED) mosquitto ## Run all tests, a process per core
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-test-devices: $(INSTALLED) ## Boot boards here and flash them: root, and mmdebstrap systemd-container qemu-user-static binfmt-support iproute2 openssh-client
-	$(BIN)/python -m pytest -m devices tests/devices --durations=10
+# The tests of a file share boards, which have names and networks of their own in each process.
+test-devices: $(INSTALLED) mosquitto boards ## Boot boards here, flash and update them, cut their power: needs root
+	$(BIN)/python -m pytest -m devices tests/devices -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-runners: $(INSTALLED) ## Run export/ in node, C++ and a browser: npm, g++, chromium; fetches 600 MB once
 	$(BIN)/python -m pytest -m runners tests/export --durations=10
@@ -53,7 +55,7 @@ format: $(INSTALLED) ## Format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: bench-deq bench-wire bench-har ## Measure the numbers that the README shows
+bench: bench-deq bench-wire bench-onnx bench-backends bench-har ## Measure the numbers that the README shows
 
 bench-deq: $(INSTALLED) ## The equilibrium core against torchdeq and the bare cell, CPU time (BENCH_SECTIONS="floor")
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
@@ -61,6 +63,12 @@ bench-deq: $(INSTALLED) ## The equilibrium core against torchdeq and the bare ce
 
 bench-wire: $(INSTALLED) mosquitto ## The wire against bare paho: CPU, bytes, memory, bad links (BENCH_SECTIONS="cpu load")
 	BENCH_DATA=$(BENCH_DATA) $(BIN)/python tests/bench/wire.py $(BENCH_SECTIONS)
+
+bench-onnx: $(INSTALLED) ## ONNX against torch: answers, int8, start, size, training step, memory (BENCH_SECTIONS="step")
+	BENCH_DATA=$(BENCH_DATA) $(BIN)/python -m tests.bench.onnx_models $(BENCH_SECTIONS)
+
+bench-backends: $(INSTALLED) ## A federation on HAR trained by ONNX graphs against one trained by torch, same seeds (needs BENCH_DATA)
+	BENCH_DATA=$(BENCH_DATA) $(BIN)/python tests/bench/backends.py
 
 fuzz: $(INSTALLED) ## Throw bytes at every decoder, led by coverage, for FUZZ_S seconds (60)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group fuzz
@@ -75,6 +83,17 @@ mosquitto:
 		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 			&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mosquitto >/dev/null; } \
 		|| echo "mosquitto is not installed and cannot be installed here: the tests marked 'broker' are skipped"
+
+# What makes boards out of this machine, likewise; without it the tests that need it are skipped and say so.
+BOARD_PROGRAMS := mmdebstrap systemd-nspawn qemu-aarch64-static update-binfmts ip ssh sfdisk mcopy mke2fs
+BOARD_PACKAGES := mmdebstrap systemd-container qemu-user-static binfmt-support iproute2 openssh-client fdisk mtools e2fsprogs
+boards:
+	@export PATH="$$PATH:/usr/sbin:/sbin" missing=; for program in $(BOARD_PROGRAMS); do \
+		command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	[ -z "$$missing" ] \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+			&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(BOARD_PACKAGES) >/dev/null; } \
+		|| echo "not installed and cannot be installed here:$$missing: the boards that need them are skipped"
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

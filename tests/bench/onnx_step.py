@@ -171,18 +171,12 @@ SECTIONS: Final[dict[str, Callable[[], Iterator[Figure]]]] = {"step": step, "mem
 
 
 def main() -> None:
-    """Measure the sections named on the command line, all of them when none is."""
+    """A process of `held`: one model's steps, by torch or by the graph in a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--train", help=argparse.SUPPRESS)
-    parser.add_argument("--graph", help=argparse.SUPPRESS)
+    parser.add_argument("--train", required=True, choices=MODELS)
+    parser.add_argument("--graph", help="file; torch if not given")
     options = parser.parse_args()
-    if options.train:
-        train(options.train, options.graph)
-        return
-    for section in options.sections or SECTIONS:
-        for figure in SECTIONS[section]():
-            figure.show()
+    train(options.train, options.graph)
 
 
 if __name__ == "__main__":

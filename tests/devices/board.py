@@ -21,13 +21,11 @@ from tests.devices.sites import Site
 
 BOOT_S: Final = 90.0  # 1.2 s native, 9 s emulated, on two cores that others use as well
 COMMAND_S: Final = 300.0
+RESTARTS: Final = 133  # systemd-nspawn(1), exit status, with --keep-unit: the system in it wants to be started again
 
 # qemu-user cannot make the mounts of a confined unit, so an emulated board proves the architecture and not the sandbox.
 _RELAXED: Final = """[Service]
-ExecStart=
-ExecStart=/opt/fedeq-edge/current/bin/fedeq agent run --config /etc/fedeq-edge/agent.toml
-LoadCredential=
-DynamicUser=no
+ReadWritePaths=
 PrivateDevices=no
 PrivateTmp=no
 PrivateUsers=no
@@ -49,20 +47,33 @@ RestrictSUIDSGID=no
 LockPersonality=no
 MemoryDenyWriteExecute=no
 """
+_RELAXED_AGENT: Final = f"""{_RELAXED}\
+ExecStart=
+ExecStart=/opt/fedeq-edge/current/bin/fedeq agent run --config /etc/fedeq-edge/agent.toml
+LoadCredential=
+DynamicUser=no
+"""
 
 
 class Board:
     """A system in a folder, made to a board at a site. `boot` it; `close` removes all but the folder.
 
-    cpu: of an arm64 board, which qemu-user plays. shown: folders of this machine that it sees, by their path on it.
-    `identity`: the private key that root accepts.
+    disk: what it boots from, its own from then on. cpu: of an arm64 board, which qemu-user plays. shown: folders of
+    this machine that it sees, by their path on it. `identity`: the private key that root accepts.
     """
 
     def __init__(
-        self, folder: Path, site: Site, name: str, *, cpu: Cpu | None = None, shown: Mapping[str, Path] | None = None
+        self,
+        folder: Path,
+        site: Site,
+        name: str,
+        disk: rootfs.Disk,
+        *,
+        cpu: Cpu | None = None,
+        shown: Mapping[str, Path] | None = None,
     ) -> None:
-        architecture: rootfs.Architecture = "amd64" if cpu is None else "arm64"
-        self.root = rootfs.mount(architecture, folder)
+        self._disk = disk
+        self.root = disk.root
         self.name = name
         self.cpu = cpu
         self.identity = folder / "identity"
@@ -71,38 +82,42 @@ class Board:
         self._site = site
         self._shown = shown or {}
         self._console: subprocess.Popen[bytes] | None = None
+        self._session: subprocess.Popen[bytes] | None = None
         self.namespace, self.address = site.plug()
         self._group = Group(self.namespace)
+        self._remains = contextlib.ExitStack()
+        for end in (disk.close, self._end_session, self._end_console, self._group.close):  # the last is called first
+            self._remains.callback(end)
         self._personalize()
 
     # Power
 
     def boot(self) -> None:
         """Power is on, and ssh answers."""
-        assert self._console is None, f"{self.name} runs already"
-        # systemd says nothing on a console that is no terminal, and script(1) is one
-        self._console = self._site.start(
-            self._group.inside(["script", "-qefc", shlex.join(self._nspawn()), "/dev/null"]), self._console_log
-        )
-        until(lambda: self._answers() or self._console_ended(), f"{self.name} answers by ssh", BOOT_S)
-        assert not self._console_ended(), self.console()
+        console = self._power_on()
+        until(lambda: self._answers() or console.poll() is not None, f"{self.name} answers by ssh", BOOT_S)
+        assert console.poll() is None, self.console()
         if self.cpu is not None:
             self._on_board(["mount", "--bind", _cpuinfo(self.cpu), "/proc/cpuinfo"])
+        self._keep_session()
+
+    def boot_until_it_restarts(self) -> None:
+        """Power is on, and off when the system asks for a restart, as one that sets itself up does."""
+        ended = self._power_on().wait(BOOT_S)
+        self._console = None
+        assert ended == RESTARTS, self.console()
 
     def cut_power(self) -> None:
         """Every process of the board is gone at once. What they wrote is in its files, as the kernel is ours."""
         assert self._console is not None, f"{self.name} does not run"
         os.kill(self.leader(), signal.SIGKILL)  # the kernel kills the rest of the PID namespace, and nspawn goes home
-        self._console.wait(BOOT_S)
-        self._console = None
+        self._end_console()
+        self._end_session()
         assert not self._group.pids()
 
     def close(self) -> None:
-        """Power is off and the files are gone."""
-        self._group.close()
-        if self._console is not None:
-            self._console.wait()
-        rootfs.unmount(self.root)
+        """Power is off and the disk is out, for good; a second time nothing happens."""
+        self._remains.close()
 
     # What can be asked of it
 
@@ -141,20 +156,66 @@ class Board:
         """The folder of its releases, seen from here."""
         return self.root / "opt" / "fedeq-edge" / "releases"
 
+    def mounted(self, path: str) -> Path:
+        """What its disk has mounted there, seen from here."""
+        return self._disk.mounts[path]
+
     def leader(self) -> int:
         """The board's PID 1, as a PID of this machine."""
         return next(pid for pid in self._group.pids() if _is_first(pid))
 
     # The inside
 
+    def _power_on(self) -> subprocess.Popen[bytes]:
+        assert self._console is None, f"{self.name} runs already"
+        # systemd says nothing on a console that is no terminal, and script(1) is one
+        self._console = self._site.start(
+            self._group.inside(["script", "-qefc", shlex.join(self._nspawn()), "/dev/null"]), self._console_log
+        )
+        return self._console
+
+    def _end_console(self) -> None:
+        if self._console is not None:
+            self._console.wait(BOOT_S)
+            self._console = None
+
+    def _keep_session(self) -> None:
+        """What `ssh` runs goes through one connection: each of its own costs 0.2 s, and 2 s under emulation."""
+        connect = ["ssh", "-F", str(self.ssh_config), "-M", "-N", self.name]
+        session = self._session = self._site.start(connect, self._folder / "session.log")
+        until(lambda: self._socket.exists() or session.poll() is not None, f"{self.name} lets root in", BOOT_S)
+        assert session.poll() is None, (self._folder / "session.log").read_text()
+
+    def _end_session(self) -> None:
+        if self._session is not None:
+            self._session.kill()
+            self._session.wait()
+            self._session = None
+        self._socket.unlink(missing_ok=True)
+
+    @property
+    def _socket(self) -> Path:
+        return self._folder / "ssh"  # short, as no path of a socket may have more than 108 bytes
+
     def _nspawn(self) -> list[str]:
         # This machine has neither systemd nor D-Bus to register with.
         options = ["--register=no", "--keep-unit", "--resolv-conf=off", "--timezone=off", "--link-journal=no"]
         options += [f"--bind-ro={here}:{there}" for there, here in self._shown.items()]
+        options += [f"--bind={here}:{there}" for there, here in self._disk.mounts.items()]
         emulation = [] if self.cpu is None else [f"--setenv=QEMU_CPU={self.cpu.qemu}"]
-        where = [f"--directory={self.root}", f"--machine={self.name}"]
+        # Two boards at two sites may have one name, and machines here may not.
+        where = [f"--directory={self.root}", f"--machine={self.namespace}", f"--hostname={self.name}"]
         network = f"--network-namespace-path=/run/netns/{self.namespace}"
-        return ["systemd-nspawn", "--quiet", *options, *emulation, *where, network, "--boot"]
+        return [
+            "systemd-nspawn",
+            "--quiet",
+            *options,
+            *emulation,
+            *where,
+            network,
+            "--boot",
+            *self._disk.kernel_words(),
+        ]
 
     def _personalize(self) -> None:
         etc = self.root / "etc"
@@ -179,6 +240,7 @@ class Board:
             f"Host {self.name} {self.address}\n  HostName {self.address}\n  User root\n"
             f"  IdentityFile {self.identity}\n  IdentitiesOnly yes\n  UserKnownHostsFile {known}\n"
             "  StrictHostKeyChecking yes\n  BatchMode yes\n  ConnectTimeout 20\n"
+            f"  ControlPath {self._socket}\n"
         )
 
     def _emulate(self, etc: Path, cpu: Cpu) -> None:
@@ -187,9 +249,10 @@ class Board:
         manager = etc / "systemd" / "system.conf.d" / "qemu.conf"
         manager.parent.mkdir(parents=True, exist_ok=True)
         manager.write_text(f"[Manager]\nDefaultEnvironment=QEMU_CPU={cpu.qemu}\n")
-        relaxed = etc / "systemd" / "system" / "fedeq-agent.service.d" / "emulated.conf"
-        relaxed.parent.mkdir(parents=True)
-        relaxed.write_text(_RELAXED)
+        for unit, relaxed in (("fedeq-agent", _RELAXED_AGENT), ("fedeq-updater", _RELAXED)):
+            drop_in = etc / "systemd" / "system" / f"{unit}.service.d" / "emulated.conf"
+            drop_in.parent.mkdir(parents=True)
+            drop_in.write_text(relaxed)
         for playable in (PI_3, PI_4, PI_5):
             (self.root / _cpuinfo(playable).lstrip("/")).write_text(playable.cpuinfo)
 
@@ -204,9 +267,6 @@ class Board:
         ):
             return connection.recv(4) == b"SSH-"
         return False
-
-    def _console_ended(self) -> bool:
-        return self._console is not None and self._console.poll() is not None
 
 
 def _cpuinfo(cpu: Cpu) -> str:

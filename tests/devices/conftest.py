@@ -1,18 +1,23 @@
 """Boards that boot: a system for each architecture, a site with a gateway, and nothing left of either."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
 from tests.devices import rootfs
 from tests.devices.board import Board
+from tests.devices.cards import Card, Inserted
 from tests.devices.cpus import PI_4, Cpu
+from tests.devices.depot import Depot, shared
 from tests.devices.gateway import Gateway
 from tests.devices.sites import Site, missing, namespaces
 
+LONGEST_FIRST = ("test_arm_story", "test_federated_round", "test_flash_story", "test_power_cuts", "test_card_story")
+LIMIT_S = 1200  # of a test that finds the cache empty and has a system built for it
 MEASURED = pytest.StashKey[list[str]]()
 
 
@@ -22,16 +27,42 @@ def measured(pytestconfig: pytest.Config) -> list[str]:
     return pytestconfig.stash.setdefault(MEASURED, [])
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process that runs some of the tests for another hands over what it measured."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session.config.workeroutput["measured"] = session.config.stash.get(MEASURED, [])  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """What one of those processes measured is ours."""
+    node.config.stash.setdefault(MEASURED, []).extend(getattr(node, "workeroutput", {}).get("measured", []))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """What was measured, for the README."""
     for line in config.stash.get(MEASURED, []):
         terminalreporter.write_line(f"measured: {line}")
 
 
-class MakeBoard(Protocol):
-    """Make a board at the site, not yet booted and gone after the module; see Board for the arguments."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that no process has one of them left when the others are done."""
+    ours = [item for item in items if item.path.parent == Path(__file__).parent]
+    for item in ours:
+        item.add_marker(pytest.mark.timeout(LIMIT_S))
+    places = {item: LONGEST_FIRST.index(item.path.stem) for item in ours if item.path.stem in LONGEST_FIRST}
+    items.sort(key=lambda item: places.get(item, len(LONGEST_FIRST)))
 
-    def __call__(self, name: str, *, cpu: Cpu | None = None, shown: Mapping[str, Path] | None = None) -> Board: ...
+
+class MakeBoard(Protocol):
+    """Make a board at the site, not yet booted and gone after the module; see Board for the arguments.
+
+    card: what it boots from; else a system of its own, that nobody has touched.
+    """
+
+    def __call__(
+        self, name: str, *, cpu: Cpu | None = None, shown: Mapping[str, Path] | None = None, card: Card | None = None
+    ) -> Board: ...
 
 
 def _need(architecture: rootfs.Architecture) -> None:
@@ -62,22 +93,39 @@ def make_board(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """For a whole module, as tests share boards."""
     with contextlib.ExitStack() as boards:
 
-        def make(name: str, *, cpu: Cpu | None = None, shown: Mapping[str, Path] | None = None) -> Board:
-            _need("amd64" if cpu is None else "arm64")
+        def make(
+            name: str,
+            *,
+            cpu: Cpu | None = None,
+            shown: Mapping[str, Path] | None = None,
+            card: Card | None = None,
+        ) -> Board:
+            architecture: rootfs.Architecture = "amd64" if cpu is None else "arm64"
+            _need(architecture)
+            folder = tmp_path_factory.mktemp(name)
             try:
-                board = Board(tmp_path_factory.mktemp(name), site, name, cpu=cpu, shown=shown)
-            except rootfs.RootfsError as error:  # no overlay file system
+                disk = rootfs.Layered(architecture, folder) if card is None else Inserted(card, folder)
+            except rootfs.RootfsError as error:  # no overlay file system, no loop device
                 pytest.skip(str(error))
+            board = Board(folder, site, name, disk, cpu=cpu, shown=shown)
             boards.callback(board.close)
             return board
 
         yield make
 
 
+@pytest.fixture(scope="session")
+def depot(tmp_path_factory: pytest.TempPathFactory) -> Depot:
+    """A fleet and its bundles, for all sites of this run."""
+    return Depot(shared(tmp_path_factory.getbasetemp()) / "depot")
+
+
 @pytest.fixture(scope="module")
-def gateway(_mosquitto_installed: None, site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A new fleet whose broker and service run."""
-    made = Gateway(tmp_path_factory.mktemp("gateway"), site)
+def gateway(
+    _mosquitto_installed: None, site: Site, depot: Depot, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """A fleet without devices whose broker and service run."""
+    made = Gateway(tmp_path_factory.mktemp("gateway"), site, depot)
     try:
         made.start_broker()
         made.start_service()

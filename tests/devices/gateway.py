@@ -1,11 +1,11 @@
 """The operator's machine at a site: a fleet's folder, the shipped mosquitto, the fleet's service, an aggregator."""
 
 import getpass
-import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,33 +15,44 @@ from fedeq_edge import settings
 from fedeq_edge.data.npz import ClientData, save_client
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.protocol.schedule import Schedule
+from fedeq_edge.provision.actions import Report
+from fedeq_edge.provision.fleet import Fleet
+from fedeq_edge.provision.tokens import LIFETIME_S
 from fedeq_edge.settings import AggregatorSettings, BrokerSettings
 from fedeq_edge.storage import history
 from fedeq_edge.training.step import Plan
 from fedeq_edge.transport.broker import mosquitto_path
 from tests.conftest import until
 from tests.devices.board import Board
+from tests.devices.cards import Card
+from tests.devices.depot import NAME, Depot
 from tests.devices.sites import GATEWAY, Site
 
-NAME: Final = "plant"
 COMMAND_S: Final = 600.0  # a flash of an emulated board with torch
 FEATURES, CLASSES = 16, 3
+IDENTITY: Final = "/etc/fedeq-edge"  # of a board
 _SHIPPED: Final = Path(__file__).parents[2] / "broker"
 
 
 class Gateway:
-    """A gateway with a new fleet. Nothing runs until it is started; what does ends with the site.
+    """A gateway with a fleet that has no devices yet. Nothing runs until it is started; what does ends with the site.
 
-    folder: of the fleet, its logs and its home folders.
+    folder: of the fleet, its logs and its home folders. depot: where fleet and bundles come from.
     """
 
-    def __init__(self, folder: Path, site: Site) -> None:
+    def __init__(self, folder: Path, site: Site, depot: Depot) -> None:
         self.fleet = folder / "fleet"
         self.aggregator = folder / "aggregator"
         self._folder = folder
         self._site = site
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.must("fleet", "init", NAME, "--host", GATEWAY, "--fleet", str(self.fleet))
+        self._depot = depot
+        depot.copy_to(self.fleet)
+
+    @property
+    def service(self) -> str:
+        """The address at which boards enrol and report."""
+        return f"https://{GATEWAY}:8443"
 
     # The command line
 
@@ -61,25 +72,41 @@ class Gateway:
         self.must("fleet", "add", device, "--profile", profile, "--fleet", str(self.fleet))
 
     def bundle(self, profile: str, *more: str) -> Path:
-        """A signed bundle for this kind of board. It is made outside the site, which has no way to the wheels."""
-        words = ["--profile", profile, "--python", "3.11", "--fleet", str(self.fleet), "--json", *more]
-        command = [sys.executable, "-m", "fedeq_edge", "bundle", "build", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_S)
-        assert done.returncode == 0, done.stderr
-        return Path(json.loads(done.stdout)["path"])
+        """A bundle for this kind of board, signed by the fleet."""
+        return self._depot.bundle(profile, *more)
 
     def token(self, device: str, *more: str) -> str:
         """A join token for the device."""
         return self.must("fleet", "token", device, "--fleet", str(self.fleet), *more).strip()
 
+    def expired_token(self, device: str) -> str:
+        """One that was good until yesterday."""
+        fleet = Fleet.open(self.fleet, lambda: time.time() - 2 * LIFETIME_S)
+        return str(fleet.issue_token(device, lifetime_s=LIFETIME_S))
+
+    def enrol(self, board: Board, token: str, *, folder: str = IDENTITY) -> subprocess.CompletedProcess[str]:
+        """What a board says that asks for an identity with a token; `folder` is where it shall be."""
+        words = f"--service {self.service} --token - --folder {folder}"
+        return board.ssh(f"/opt/fedeq-edge/current/bin/fedeq device enrol {words}", data=f"{token}\n", check=False)
+
     def flash(self, board: Board, bundle: Path, *more: str) -> subprocess.CompletedProcess[str]:
         """Flash a board that runs, over ssh, as the device of its name. Its report is JSON on standard output."""
         return self.fedeq(*self._flash(board, bundle), *more, home=board.home)
+
+    def flash_card(self, card: Card, device: str, bundle: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        """Flash a card for the device. The report is JSON on standard output."""
+        options = ["--device", device, "--bundle", str(bundle), "--fleet", str(self.fleet), "--json"]
+        return self.fedeq("flash", str(card.path), *options, *more)
 
     def start_flash(self, board: Board, bundle: Path) -> subprocess.Popen[bytes]:
         """The same, without waiting for its end."""
         command = ["env", f"HOME={board.home}", sys.executable, "-m", "fedeq_edge", *self._flash(board, bundle)]
         return self._site.start(command, self._folder / "flash.log")
+
+    def reported(self, device: str) -> Report | None:
+        """What a device's updater said last, None where it has not said anything yet."""
+        heard = Fleet.open(self.fleet).heard(device)
+        return None if heard is None else heard.report
 
     # What runs here
 
@@ -89,12 +116,13 @@ class Gateway:
         folder.mkdir()
         text = (_SHIPPED / "mosquitto.conf").read_text()
         credentials = self.fleet / "gateway"
+        shipped_in = text.partition("\ncafile ")[2].partition("ca.crt")[0]  # the folder that it names
         changed = {
             "listener 8883": f"listener 8883 {GATEWAY}",
-            "/etc/fedeq/broker": f"{credentials}/server",
-            "/etc/fedeq/ca.crl": f"{credentials}/crl.pem",
-            "/etc/fedeq/acl": f"{folder}/acl",
-            "/etc/fedeq/": f"{credentials}/",
+            f"{shipped_in}broker": f"{credentials}/server",
+            f"{shipped_in}ca.crl": f"{credentials}/crl.pem",
+            f"{shipped_in}acl": f"{folder}/acl",
+            shipped_in: f"{credentials}/",
             "/var/lib/mosquitto/": f"{folder}/",
         }
         for shipped, ours in changed.items():

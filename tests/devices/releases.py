@@ -10,9 +10,11 @@ import msgspec
 
 from fedeq_edge.provision import archive
 from tests.devices.board import Board
+from tests.devices.locks import alone_with
 
 RELEASE: Final = "/usr/bin/python3 -I /opt/fedeq-edge/release.py"
 HEALTH: Final = "site/fedeq_edge/health.py"
+LATER, LATEST = "# a later release", "# and one more"  # variants that are as good; the same ones are made once
 
 
 def state(board: Board) -> dict[str, Any]:
@@ -40,8 +42,17 @@ def connected(board: Board) -> bool:
     return said.get("broker") == "connected" and str(said.get("pid")) == pid
 
 
-def variant(good: Path, fleet: Path, name: str, appended: str, file: str = HEALTH) -> Path:
-    """A bundle named `name` in which a python file of the good one has more lines at its end."""
+def variant(good: Path, fleet: Path, appended: str, file: str = HEALTH) -> Path:
+    """A bundle beside the good one in which a python file has more lines at its end."""
+    mark = hashlib.sha256(f"{file}\n{appended}".encode()).hexdigest()[:8]
+    out = good.with_name(f"{mark}-{good.name}")
+    with alone_with(out):
+        if not out.exists():
+            _vary(good, fleet, appended, file, out)
+    return out
+
+
+def _vary(good: Path, fleet: Path, appended: str, file: str, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         manifest = archive.unpack(good, fleet / "keys" / "bundle.pub", tree)
@@ -55,13 +66,11 @@ def variant(good: Path, fleet: Path, name: str, appended: str, file: str = HEALT
         }
         digest = hashlib.sha256(archive.canonical(files)).hexdigest()[:12]
         version = f"{manifest.version.partition('+')[0]}+{digest}"
-        out = good.with_name(f"{name}.tar.gz")
         described = msgspec.structs.replace(manifest, version=version, files=files)
         archive.pack(tree, described, fleet / "keys" / "bundle.key", out)
-    return out
 
 
-def broken(good: Path, fleet: Path, name: str) -> Path:
+def broken(good: Path, fleet: Path) -> Path:
     """A release whose solver finds nothing: it imports, starts, and never says READY."""
     never = 'def solve() -> Health:\n    raise SolverError("health: this release was broken on purpose")'
-    return variant(good, fleet, name, never)
+    return variant(good, fleet, never)

@@ -39,7 +39,8 @@ def test_files_outlive_a_power_cut_and_processes_do_not(board: Board) -> None:
 
 def test_an_unplugged_board_is_silent_until_it_is_plugged_in_again(board: Board, site: Site) -> None:
     site.unplug(board.address)
-    lost = site.run(["ssh", "-F", str(board.ssh_config), "-o", "ConnectTimeout=1", board.name, "true"])
+    anew = ["-o", "ControlPath=none", "-o", "ConnectTimeout=1"]
+    lost = site.run(["ssh", "-F", str(board.ssh_config), *anew, board.name, "true"])
     assert lost.returncode == 255
     site.plug_in_again(board.address)
     board.ssh("true")

@@ -8,17 +8,17 @@ from tests.conftest import until
 from tests.devices.board import Board
 from tests.devices.gateway import Gateway, some_data
 
-pytestmark = [pytest.mark.devices, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.devices
 
-ROUND_S = 400.0  # torch alone takes 15 s to 60 s to import under emulation
+ROUND_S = 400.0  # an emulated processor is ten times slower than the machine under it
 
 
 @pytest.fixture(scope="module")
 def trainer(gateway: Gateway, arm_board: Board, tmp_path_factory: pytest.TempPathFactory) -> Board:
-    """A Pi 4 with torch, enrolled and connected."""
+    """A Pi 4 without torch, enrolled and connected."""
     gateway.add(arm_board.name, "raspberry-pi-4")
     data: Path = some_data(tmp_path_factory.mktemp("data") / "data.npz")
-    done = gateway.flash(arm_board, gateway.bundle("raspberry-pi-4", "--with", "torch"), "--data", str(data))
+    done = gateway.flash(arm_board, gateway.bundle("raspberry-pi-4"), "--data", str(data))
     assert done.returncode == 0, done.stderr
     return arm_board
 

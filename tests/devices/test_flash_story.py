@@ -14,11 +14,11 @@ from fedeq_edge.provision.archive import read_manifest
 from tests.conftest import until
 from tests.devices.board import Board
 from tests.devices.conftest import MakeBoard
-from tests.devices.gateway import Gateway, some_data
-from tests.devices.releases import broken, connected, runs, state, variant
-from tests.devices.sites import GATEWAY, Site
+from tests.devices.gateway import IDENTITY, Gateway, some_data
+from tests.devices.releases import LATER, LATEST, broken, connected, runs, state, variant
+from tests.devices.sites import Site
 
-pytestmark = [pytest.mark.devices, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.devices
 
 RESIDENT_KIB = 45_000
 
@@ -32,13 +32,13 @@ def first(gateway: Gateway) -> Path:
 @pytest.fixture(scope="module")
 def second(gateway: Gateway, first: Path) -> Path:
     """Another that is as good."""
-    return variant(first, gateway.fleet, "second", "# a later release")
+    return variant(first, gateway.fleet, LATER)
 
 
 @pytest.fixture(scope="module")
 def bad(gateway: Gateway, first: Path) -> Path:
     """One whose agent does not get well."""
-    return broken(first, gateway.fleet, "bad")
+    return broken(first, gateway.fleet)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_host_that_is_not_known_is_refused_with_its_fingerprint(
 def test_an_installation_goes_on_when_the_connection_is_lost(
     flashed: dict[str, Any], gateway: Gateway, board: Board, site: Site, first: Path
 ) -> None:
-    third = variant(first, gateway.fleet, "third", "# one that the board has never seen")
+    third = variant(first, gateway.fleet, LATEST)
     flash = gateway.start_flash(board, third)
     until(lambda: bool(list(board.releases.glob(".part-*"))), "the installer unpacks")
     site.unplug(board.address)
@@ -146,20 +146,35 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     assert small.says("ls -A /opt/fedeq-edge/releases") == ""
 
 
+def test_a_token_that_has_expired_is_refused_in_one_line_and_changes_nothing(
+    flashed: dict[str, Any], gateway: Gateway, board: Board
+) -> None:
+    before = board.says(f"sha256sum {IDENTITY}/*")
+    late = gateway.enrol(board, gateway.expired_token(board.name))
+    assert late.returncode == Exit.TOKEN_EXPIRED
+    (said,) = late.stderr.strip().splitlines()
+    assert f"fedeq fleet token {board.name}" in said
+    assert board.says(f"sha256sum {IDENTITY}/*") == before
+    assert connected(board)
+
+
 def test_a_revoked_board_is_out_at_once_and_a_token_lets_it_in_again(
     flashed: dict[str, Any], gateway: Gateway, board: Board
 ) -> None:
     gateway.must("fleet", "revoke", board.name, "--fleet", str(gateway.fleet))
     gateway.read_revoked()
     board.ssh("systemctl restart fedeq-agent")
+    until(lambda: "certificate verify failed" in gateway.log("broker"), "the broker refuses the certificate")
     assert not connected(board)
 
-    board.ssh("rm /etc/fedeq-edge/device.crt /etc/fedeq-edge/device.key")
+    board.ssh(f"rm {IDENTITY}/device.crt {IDENTITY}/device.key")
+    gateway.add(board.name, "x86-64")
     token = gateway.token(board.name)
-    enrol = f"/opt/fedeq-edge/current/bin/fedeq device enrol --service https://{GATEWAY}:8443 --token -"
-    board.ssh(enrol, data=f"{token}\n")
+    joined = gateway.enrol(board, token)
+    assert joined.returncode == 0, joined.stderr
     board.ssh("systemctl restart fedeq-agent")
     until(lambda: connected(board), "the board is in again")
 
-    board.ssh("rm /etc/fedeq-edge/device.crt /etc/fedeq-edge/device.key")  # with its old key it could ask again
-    assert board.ssh(enrol, data=f"{token}\n", check=False).returncode == Exit.TOKEN_USED
+    again = gateway.enrol(board, token, folder="/tmp/thief")  # with the key that it was used with, it could ask again
+    assert again.returncode == Exit.TOKEN_USED
+    assert len(again.stderr.strip().splitlines()) == 1

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from tests.devices import rootfs
+from tests.devices.locks import alone_with
 
 
 class WheelsError(Exception):
@@ -20,11 +21,11 @@ def cache() -> Path:
 def tree(*pins: str) -> Path:
     """A folder for sys.path of an aarch64 board's python 3.11 with these wheels and their needs. Raises WheelsError."""
     folder = cache() / "_".join(pins).replace("==", "-")
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = folder.with_name(f".{os.getpid()}-{folder.name}")
-        _install(pins, part)
-        part.rename(folder)
+    with alone_with(folder):
+        if not folder.exists():
+            part = folder.with_name(f".{os.getpid()}-{folder.name}")
+            _install(pins, part)
+            part.rename(folder)
     return folder
 
 

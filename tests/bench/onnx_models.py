@@ -1,4 +1,4 @@
-"""Exported models against torch: make bench-onnx.
+"""Exported models and training steps against torch: make bench-onnx.
 
 Ratios are medians over sweeps that ask both sides in turn, in processor time of one thread, on models whose weights are
 drawn (seeded) and then projected: 128 units, and 32 channels of 16 x 16; personal models of HAR are learnt here. A
@@ -34,6 +34,7 @@ from fedeq_edge.onnx.export import export
 from fedeq_edge.onnx.runtime import Predictor
 from fedeq_edge.training.curve import noise
 from tests.bench.figures import Figure
+from tests.bench.onnx_step import SECTIONS as TRAINING
 
 Array = NDArray[np.float32]
 
@@ -225,6 +226,7 @@ SECTIONS: dict[str, Callable[[], Iterable[Figure]]] = {
     "size": size,
     "int8": int8,
     "har": har,
+    **TRAINING,
 }
 
 
