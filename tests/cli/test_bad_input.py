@@ -142,7 +142,7 @@ def _nothing(_place: Path) -> None:
         ((*BENCH, "--out", "curve.png"), _nothing, 2, r"curve\.png: the curve is drawn as \.html or \.svg"),
         ((*BENCH, "--out", "nowhere/curve.svg"), _nothing, 2, "folder nowhere does not exist"),
         (BENCH, _nothing, 2, r"no\.fedeq does not exist"),
-        (("model", "bench", "no.onnx"), _nothing, 2, r"bench takes the personal\.fedeq"),
+        (("model", "bench", "no.onnx"), _nothing, 1, r"no\.onnx: no such file; export a model"),
         (("device", "probe", "--accuracy", "0.1"), _nothing, 2, "name the model with --model"),
         (("device", "probe", "--energy-j", "5"), _nothing, 2, "name the model with --model"),
     ],
