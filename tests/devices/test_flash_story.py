@@ -143,7 +143,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     gateway.add(small.name, "x86-64")
     done = gateway.flash(small, first, "--data", str(some_data(tmp_path / "data.npz")))
     assert done.returncode == Exit.NO_SPACE, done.stderr
-    assert small.says("ls -A /opt/fedeq-edge/releases") == ""
+    assert small.says("ls -A /opt/fedeq-edge") == ""
 
 
 def test_a_token_that_has_expired_is_refused_in_one_line_and_changes_nothing(
