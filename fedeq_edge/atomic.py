@@ -17,6 +17,8 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """
     neighbour = path.with_name(f".{path.name}.new")
     with writing(path):
+        if path.exists() and not path.is_file():  # a device (/dev/stdout) would be gone
+            raise StateError(f"cannot write {path}: it is no regular file; choose another name")
         handle = os.open(neighbour, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(handle, "wb") as output:
             output.write(content)

@@ -100,7 +100,10 @@ def _exported(path: Path) -> _Asked:
     told = predictor.metadata.get("fedeq.model")
     if told is None:
         raise ConfigError(f"{path}: written by an older fedeq-edge, it does not say its model; export it again")
-    spec = msgspec.json.decode(told, type=ModelSpec)
+    try:
+        spec = msgspec.json.decode(told, type=ModelSpec)
+    except (msgspec.DecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: its fedeq.model cannot be read ({error}); export it again") from error
     files = {"onnx": path}
     return _Asked(spec=spec, rate=predictor.rate, own=predictor.budget, files=files, fixed=predictor.unrolled)
 

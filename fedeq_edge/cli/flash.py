@@ -44,7 +44,7 @@ def flash(
     bundle: Annotated[
         Path | None, typer.Option(help="What `fedeq bundle build` wrote [default: the newest for its board].")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="npz to train on, where the device has none.")] = None,
+    data: Annotated[Path | None, typer.Option(help="npz to train on, in the place of what the device has.")] = None,
     fleet: Folder = _HERE,
     check: Annotated[bool, typer.Option("--check", help="Look, say what would be done, change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
@@ -59,8 +59,8 @@ def flash(
     from fedeq_edge.provision.flash import flash as carry_out  # noqa: PLC0415  # cryptography, only for this command
     from fedeq_edge.provision.flash import prepare  # noqa: PLC0415  # as above
 
-    if data is not None and not data.is_file():
-        raise ConfigError(f"data {data} does not exist; name the npz that this device shall train on")
+    if data is not None:
+        _check_data(data)
     ours = Fleet.open(fleet)
     ours.check_admitted(device)
     choice = [bundle] if bundle else _bundles_of(ours, device)
@@ -111,6 +111,15 @@ def rollback(device: DeviceId, fleet: Folder = _HERE, accept_host_key: Accept = 
     if as_json:
         typer.echo(json.dumps({"device": device, "version": version}))
     _say(f"device {device} runs {version} again")
+
+
+def _check_data(path: Path) -> None:
+    """An agent would train on it. Raises ConfigError: what it refuses would come out at a card's first boot only."""
+    from fedeq_edge.data.npz import load_client  # noqa: PLC0415  # numpy, only where data are given
+
+    if not path.is_file():
+        raise ConfigError(f"data {path} does not exist; name the npz that this device shall train on")
+    load_client(path)
 
 
 def _asked_for_logs(fleet: Fleet, device: str, lines: int) -> None:

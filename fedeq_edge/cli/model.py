@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedeq_edge import modelfile
 from fedeq_edge.cli import bench
@@ -17,6 +17,7 @@ from fedeq_edge.data.npz import load_client
 from fedeq_edge.deq.layout import head_layout, size, theta_layout
 from fedeq_edge.onnx.recipe import DEFAULT
 from fedeq_edge.storage import finite
+from fedeq_edge.training.step import LARGEST_BUDGET
 
 app = typer.Typer(
     help="Personal models: look at them, export them, ask them.", no_args_is_help=True, rich_markup_mode=None
@@ -34,7 +35,7 @@ def export(
         Path | None, typer.Option(help="An .npz with x and y, for the check; int8 is calibrated with it.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(min=1, help="Default of max_iter; the model's own if not given.")
+        int | None, typer.Option(min=1, max=LARGEST_BUDGET, help="Default of max_iter; the model's own if not given.")
     ] = None,
     tol: Annotated[float | None, typer.Option(min=0.0, help="Default tolerance; the recipe's if not given.")] = None,
     cross_check: Annotated[
@@ -80,7 +81,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(finite(facts)))
         return
-    table = Table("what", "value")
+    table = Table("what", Column("value", overflow="fold"))
     for key, value in facts.items():
         table.add_row(key, value if isinstance(value, str) else json.dumps(value))
     Console(stderr=True).print(table)
@@ -115,7 +116,7 @@ def infer(
     model: Annotated[Path, typer.Argument(help="A personal.fedeq or an exported .onnx file.")],
     data: Annotated[Path, typer.Argument(help="An .npz with x and y, as a device has it.")],
     budget: Annotated[
-        int | None, typer.Option(min=1, help="Most cell evaluations; the file's own if not given.")
+        int | None, typer.Option(min=1, max=LARGEST_BUDGET, help="Most cell evaluations; the file's own if not given.")
     ] = None,
     tol: Annotated[float | None, typer.Option(min=0.0, help="Residual at which a sample stops; 0: never.")] = None,
     as_json: AsJson = False,

@@ -13,9 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from fedeq_edge.deq.certificate import Certificate, Rate
 from fedeq_edge.errors import ConfigError, DataError, ExportError
 from fedeq_edge.onnx.session import open_session
+from fedeq_edge.training.step import LARGEST_BUDGET
 
 # Major version of the metadata: a reader knows all files of its own, whatever a minor version (1.1) added.
 SCHEMA_VERSION = "1"
+# Far above any residual of use, and its square far below float32's end, where a solve would stop before it begins.
+LARGEST_TOL = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ class Predictor:
         try:
             solver = json.loads(self.metadata["fedeq.solver"])
             self.budget, self.tol = int(solver["max_iter"]), float(solver["tol"])
-            self.labels: tuple[str, ...] = tuple(json.loads(self.metadata["fedeq.labels"]))
+            self.labels = _labels(self.metadata, self._session.get_outputs()[0].shape[1])
             self.rate = _rate(self.metadata)
         except (KeyError, TypeError, ValueError) as error:
             raise ExportError(f"{name}: its fedeq metadata is damaged ({error}); export the model again") from error
@@ -105,8 +108,11 @@ class Predictor:
         return Prediction(logits=logits, names=self.labels, iterations=iterations, residual=residual, rate=self.rate)
 
     def _settings(self, budget: int, tol: float) -> dict[str, NDArray[Any]]:
-        if budget < 1 or not tol >= 0.0:
-            raise ConfigError(f"infer: budget {budget} must be at least 1 and tol {tol} at least 0")
+        if not 1 <= budget <= LARGEST_BUDGET or not 0.0 <= tol <= LARGEST_TOL:
+            raise ConfigError(
+                f"infer: budget {budget} must be at least 1 and at most {LARGEST_BUDGET}, tol {tol} at least 0 and at "
+                f"most {LARGEST_TOL:.0e}"
+            )
         if self.unrolled:
             if (budget, tol) != (self.budget, self.tol):
                 raise ConfigError(
@@ -165,6 +171,14 @@ def _kind(name: str, metadata: Mapping[str, str]) -> str:
     if found.partition(".")[0] != SCHEMA_VERSION:
         raise ExportError(f"{name}: has schema version {found}, this program reads {SCHEMA_VERSION}; update fedeq-edge")
     return metadata.get("fedeq.kind", "inference")
+
+
+def _labels(metadata: Mapping[str, str], classes: int) -> tuple[str, ...]:
+    """One name per class. Raises ValueError for anything else."""
+    names = json.loads(metadata["fedeq.labels"])
+    if not isinstance(names, list) or len(names) != classes or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"fedeq.labels are not {classes} names")
+    return tuple(names)
 
 
 def _rate(metadata: Mapping[str, str]) -> Rate | None:

@@ -29,7 +29,7 @@ from fedeq_edge.provision.targets.rootfs import RootfsTarget
 def prepare(target: AnyTarget, fleet: Fleet, device: str, bundle: Path, *, data: Path | None = None) -> Plan:
     """What flashing this bundle would do; nothing is changed.
 
-    data: npz of the device, where it has none yet. Raises ProvisionError where it would be refused, with the exit that
+    data: npz in the place of what the device has. Raises ProvisionError where it would be refused, with the exit that
     `flash` would end with.
     """
     fleet.check_admitted(device)

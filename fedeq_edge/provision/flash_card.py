@@ -143,7 +143,8 @@ class RootfsWay:
         """What will be done."""
         release = [] if self._current else [f"install {self._plan.manifest.version}"]
         join = [] if self._joins else ["put settings and a join token", "enrol at the next boot"]
-        return [*_displacing(self.occupant), *release, *join] or ["nothing: it is ready for its next boot"]
+        data = [f"put {self._plan.data.name}"] if self._plan.data else []
+        return [*_displacing(self.occupant), *release, *join, *data] or ["nothing: it is ready for its next boot"]
 
     def go(self, steps: Steps, sign: Sign) -> bool:  # noqa: ARG002  # the token stands for the signature
         """The release is current there, and its next boot enrols; whether anything changed."""

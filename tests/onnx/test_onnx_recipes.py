@@ -220,6 +220,17 @@ def test_a_file_whose_metadata_is_damaged_is_named(tmp_path: Path) -> None:
         Predictor(model.SerializeToString())
 
 
+@pytest.mark.parametrize("labels", ["[1, 2, 3]", '["a"]', '"abc"', "{}"])
+def test_labels_that_are_not_one_name_per_class_are_damage(labels: str, tmp_path: Path) -> None:
+    write(SEQUENCE, tmp_path / "model.onnx", "onnxruntime")
+    model = onnx.load(tmp_path / "model.onnx")
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, told | {"fedeq.labels": labels})
+
+    with pytest.raises(ExportError, match=r"fedeq\.labels are not \d names\); export the model again"):
+        Predictor(model.SerializeToString())
+
+
 def test_a_spoilt_batch_mate_that_changes_an_answer_stops_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,7 +125,9 @@ def test_a_trip_count_below_one_counts_as_one(model: Path) -> None:
         (lambda p: p.infer(np.zeros(())), DataError, "expected float32 of shape"),
         (lambda p: p.infer([["a"]]), DataError, "cannot be read as numbers"),
         (lambda p: p.infer(samples(1), budget=0), ConfigError, "budget 0 must be at least 1"),
+        (lambda p: p.infer(samples(1), budget=1 << 70), ConfigError, "at most 10000"),
         (lambda p: p.infer(samples(1), tol=float("nan")), ConfigError, "tol nan"),
+        (lambda p: p.infer(samples(1), tol=float("inf")), ConfigError, "tol inf at least 0 and at most"),
     ],
 )
 def test_input_that_does_not_fit_is_named_in_one_line(

@@ -31,6 +31,14 @@ def fails(*_: object) -> NoReturn:
     raise OSError(28, "No space left on device")
 
 
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StateError, match="pipe: it is no regular file; choose another name"):
+        storage.write_atomically(tmp_path / "pipe", b"content")
+    assert (tmp_path / "pipe").is_fifo()
+    assert list(tmp_path.iterdir()) == [tmp_path / "pipe"]
+
+
 def test_a_client_remembers_everything(tmp_path: Path) -> None:
     ClientFolder(tmp_path).save(STATE)
     loaded = ClientFolder(tmp_path).load()

@@ -270,6 +270,16 @@ def test_a_mounted_root_is_installed_at_once_and_enrols_at_its_next_boot(
     assert not flash(again, fleet, prepare(again, fleet, DEVICE, bundle), sign=never).changed
 
 
+def test_the_plan_of_a_mounted_root_that_gets_nothing_but_data_names_them(
+    make_bundle: BundleMaker, fleet: Fleet, tmp_path: Path
+) -> None:
+    root, bundle = tmp_path / "mounted", make_bundle("1.0", architecture="x86_64", python="3.11")
+    system(root, machine=62)
+    (data := tmp_path / "mine.npz").write_bytes(b"samples")
+    flash(RootfsTarget(root), fleet, prepare(RootfsTarget(root), fleet, DEVICE, bundle), sign=never)
+    assert prepare(RootfsTarget(root), fleet, DEVICE, bundle, data=data).intended == ["put mine.npz"]
+
+
 def test_a_mounted_root_of_another_device_is_taken_over_before_its_first_boot_and_refused_after_it(
     make_bundle: BundleMaker, fleet: Fleet, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedeq_edge.cli import main
@@ -126,6 +127,17 @@ def test_a_board_whose_name_nobody_knows_is_told_from_one_that_is_off(
 def test_a_booted_card_ends_with_12(run: Run, make_card: CardMaker, arm: Path) -> None:
     booted = make_card(mark="var/lib/systemd/random-seed")
     assert run("flash", str(booted.path), "--device", "pi-01").code == Exit.BOOTED_CARD
+
+
+def test_data_on_which_no_agent_would_train_are_refused_before_the_card_is_touched(
+    run: Run, card: str, tmp_path: Path
+) -> None:
+    before = Path(card).read_bytes()
+    np.savez(tmp_path / "junk.npz", a=1)
+    done = run("flash", card, "--device", "pi-01", "--data", str(tmp_path / "junk.npz"))
+    assert done.code == Exit.FAILED
+    assert "no array 'x'" in done.err
+    assert Path(card).read_bytes() == before
 
 
 def test_a_fleet_without_a_bundle_for_the_board_says_how_to_build_it(run: Run, make_card: CardMaker) -> None:
