@@ -13,6 +13,7 @@ from fedeq_edge.provision.fleet import Fleet
 from fedeq_edge.provision.redact import printable
 from fedeq_edge.transport.mqtt import Endpoint
 
+_ASK_THERE: Final = "is it on? on the board: sudo /opt/fedeq-edge/current/bin/fedeq doctor"
 _SILENT_S: Final = 300.0  # five reports that did not come
 _GATEWAY_WARN_S: Final = 180 * DAY_S  # nothing renews the gateway's, and without it no board hears from anybody
 
@@ -132,7 +133,7 @@ def _reported(fleet: Fleet, device: str, now: float) -> Iterator[Check]:
         printable(saw),
         fail=not said.healthy,
         warn=age > _SILENT_S or not said.confirmed,
-        remedy=f"fedeq logs {device}" if age <= _SILENT_S else "is it on? on the board: sudo fedeq doctor",
+        remedy=f"fedeq logs {device}" if age <= _SILENT_S else _ASK_THERE,
     )
     if said.last_error.strip():
         last = printable(said.last_error.strip().rpartition("\n")[2])

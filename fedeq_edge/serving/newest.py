@@ -2,8 +2,8 @@
 
 personal.fedeq is what the agent writes at the end of a federation: numpy answers dense ones, the solver graph inside
 the training graph (training.onnx) convolutional ones. personal.onnx is what `fedeq model export` makes of it:
-onnxruntime answers. The newer of the two that can be answered here answers; it is looked at with every request and
-loaded again when it has changed.
+onnxruntime answers. So do models that a release or an update has brought. The newest of all that can be answered here
+answers; it is looked at with every request and loaded again when it has changed.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.deq.wellposed import certificate
 from fedeq_edge.errors import ConfigError, DataError, ExportError, FedEqError, StateError
 from fedeq_edge.onnx.recipe import load_recipe
+from fedeq_edge.onnx.scan import scan
 from fedeq_edge.storage import finite
 from fedeq_edge.training.curve import ANSWERED_AT_ONCE, Engine, Samples
 from fedeq_edge.training.step import LARGEST_BUDGET
@@ -94,14 +95,13 @@ class Model:
 
 
 class Newest:
-    """Whatever is the newest model in the folder `state` at the moment; threads may share it.
+    """Whatever is the newest model in the folder `state`, or in one of `others`, at the moment; threads may share it.
 
-    graphs: folders where training graphs may lie as *.onnx, beside the state folder's own.
+    others: folders where releases and updates put models, under any name, and training graphs as *.onnx.
     """
 
-    def __init__(self, state: Path, graphs: Sequence[Path] = ()) -> None:
-        self._state = state
-        self._graphs = (state, *graphs)
+    def __init__(self, state: Path, others: Sequence[Path] = ()) -> None:
+        self._folders = (state, *others)
         self._lock = threading.Lock()
         self._stamp: tuple[object, ...] = ()
         self._model: Model | None = None
@@ -109,17 +109,18 @@ class Newest:
     def model(self) -> Model:
         """The newest that can be answered. Raises StateError without any, or what keeps the newest from answering."""
         with self._lock:  # one loads, the others wait for it
-            found = sorted(_found(self._state), reverse=True)
+            found = sorted(_found(*self._folders), reverse=True)
             stamp = tuple(found)
             if self._model is None or stamp != self._stamp:
                 self._model, self._stamp = None, stamp  # the old one makes room first
-                self._model = _first_that_loads([path for _, path, *_ in found], self._graphs)
+                self._model = _first_that_loads([path for _, path, *_ in found], self._folders)
             return self._model
 
 
-def _found(state: Path) -> Iterator[tuple[int, Path, int, int]]:
-    """(time of the last change, path, inode, size) of the model files there are."""
-    for path in (state / name for name in NAMES):
+def _found(state: Path, *others: Path) -> Iterator[tuple[int, Path, int, int]]:
+    """(time of the last change, path, inode, size) of the files there are that may be models."""
+    brought = (path for folder in others for kind in ("*.onnx", "*.fedeq") for path in folder.glob(kind))
+    for path in (*(state / name for name in NAMES), *brought):
         try:
             status = path.stat()
         except FileNotFoundError:
@@ -130,6 +131,8 @@ def _found(state: Path) -> Iterator[tuple[int, Path, int, int]]:
 def _first_that_loads(paths: list[Path], graphs: Sequence[Path]) -> Model:
     errors: list[FedEqError] = []
     for path in paths:
+        if _trains(path):
+            continue
         try:
             model = _exported(path) if path.suffix == ".onnx" else _personal(path, graphs)
         except FedEqError as error:
@@ -144,6 +147,15 @@ def _first_that_loads(paths: list[Path], graphs: Sequence[Path]) -> Model:
         f"no personal model in {graphs[0]} yet: the device makes one when its federation ends; "
         f"a {NAMES[0]} that is put there serves, too"
     )
+
+
+def _trains(path: Path) -> bool:
+    """Whether it is a training graph, which answers nobody."""
+    if path.suffix != ".onnx":
+        return False
+    with contextlib.suppress(ExportError, OSError):
+        return scan(path.read_bytes(), str(path)).metadata.get("fedeq.kind") == "training"
+    return False  # damaged: whoever loads it says so
 
 
 def _personal(path: Path, graphs: Sequence[Path]) -> Model:

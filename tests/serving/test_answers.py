@@ -290,5 +290,15 @@ def test_models_of_the_same_instant_are_told_apart(state: Path) -> None:
     assert newest.model() is not first
 
 
+def test_a_model_that_an_update_has_brought_answers_and_a_training_graph_does_not(state: Path, tmp_path: Path) -> None:
+    (brought := tmp_path / "models").mkdir()
+    newest = Newest(state, [brought, tmp_path / "nowhere"])
+    own = newest.model()
+    shutil.copy(EXAMPLE / "model.onnx", brought / "digits.onnx")
+    assert newest.model().facts["file"] == "digits.onnx"
+    (brought / "digits.onnx").write_bytes(build_training(CONVOLUTIONAL))
+    assert newest.model().facts == own.facts
+
+
 def test_a_large_batch_is_answered_whole(application: Application) -> None:
     assert len(application.infer(samples(MOST_SAMPLES)).body["answers"]) == MOST_SAMPLES

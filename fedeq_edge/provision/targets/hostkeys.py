@@ -20,6 +20,7 @@ class HostKeys:
         self._accept = accept
         self._line = ""  # of the key that was accepted
         self._shown = ""  # fingerprint of the key that was not known
+        self._kind = ""  # of that key, as sshd names its file: rsa, ecdsa, ed25519
         self._expected: list[str] = []  # fingerprints of the keys that were
 
     def lookup(self, users: Any) -> Any:  # asyncssh's KnownHostsArg, which it does not export
@@ -58,6 +59,7 @@ class HostKeys:
 
     def _judge(self, host: str, port: int, key: "asyncssh.SSHKey") -> bool:
         self._shown = key.get_fingerprint()
+        self._kind = key.get_algorithm().removeprefix("ssh-").partition("-")[0]  # ssh-rsa, ecdsa-sha2-nistp256
         if self._shown != self._accept:
             return False
         name = host if port == 22 else f"[{host}]:{port}"
@@ -80,5 +82,5 @@ class HostKeys:
         return ProvisionError(
             Exit.HOST_KEY,
             f"{name} {what}: {self._shown} ({known}); compare it on the board with "
-            f"ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub, then add --accept-host-key {self._shown}",
+            f"ssh-keygen -lf /etc/ssh/ssh_host_{self._kind}_key.pub, then add --accept-host-key {self._shown}",
         )

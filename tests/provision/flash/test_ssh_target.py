@@ -7,6 +7,7 @@ import pytest
 
 from fedeq_edge.errors import Exit, ProvisionError
 from fedeq_edge.provision.targets.base import get, make_folder, put
+from fedeq_edge.provision.targets.hostkeys import HostKeys
 from fedeq_edge.provision.targets.ssh import Address, SshTarget
 from tests.provision.flash.board import Board, Reach, Server
 
@@ -48,6 +49,18 @@ def test_an_unknown_host_key_is_refused_with_its_fingerprint_and_the_flag(server
         SshTarget(server.address, known_hosts=tmp_path / "known")
     assert caught.value.exit == Exit.HOST_KEY
     assert f"--accept-host-key {server.fingerprint}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "file"), [("ssh-rsa", "rsa"), ("ecdsa-sha2-nistp256", "ecdsa"), ("ssh-ed25519", "ed25519")]
+)
+def test_the_refusal_names_the_file_that_holds_the_key_which_was_shown(
+    algorithm: str, file: str, tmp_path: Path
+) -> None:
+    keys = HostKeys(tmp_path / "known", accept="")
+    shown = asyncssh.generate_private_key(algorithm).convert_to_public()
+    assert not keys.client().validate_host_public_key("board", "10.0.0.5", 22, shown)
+    assert f"ssh-keygen -lf /etc/ssh/ssh_host_{file}_key.pub, " in str(keys.refusal("ssh://board"))
 
 
 def test_a_fingerprint_that_is_accepted_is_remembered(server: Server, board: Board, tmp_path: Path) -> None:
