@@ -128,6 +128,13 @@ std::string metadata(const Ort::Session& session, const char* key) {
   return value.get();
 }
 
+// version: of the metadata, major.minor; this program reads major version 1.
+void refuse_newer(const std::string& version) {
+  if (version.substr(0, version.find('.')) != "1") {
+    throw std::runtime_error("the model has schema version " + version + ", this runner reads 1; take a newer one");
+  }
+}
+
 // The number after "name": in a flat JSON object.
 double field(const std::string& json, const std::string& name) {
   const size_t at = json.find("\"" + name + "\":");
@@ -206,6 +213,7 @@ int run(const Options& options) {
   Ort::SessionOptions settings;
   settings.SetIntraOpNumThreads(1);  // models of this size gain nothing from a second
   Ort::Session session(environment, options.model.c_str(), settings);
+  refuse_newer(metadata(session, "fedeq.schema_version"));
   const std::string solver = metadata(session, "fedeq.solver");
   const auto labels = strings(metadata(session, "fedeq.labels"));
   Array x = load(options.samples);

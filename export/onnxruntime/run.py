@@ -20,6 +20,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # has to be set before onnxruntime is
 import onnxruntime
 
 AGREEMENT = 1e-5
+SCHEMA_VERSION = "1"  # major version of the metadata that this program reads
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def _answer(session: Any, x: Any, options: argparse.Namespace) -> list[dict[str,
     x = x[None] if x.shape == shape else x
     if x.shape[1:] != shape:
         raise ValueError(f"samples have shape {x.shape}, expected (batch, {', '.join(map(str, shape))})")
-    notes = session.get_modelmeta().custom_metadata_map
+    notes = _metadata(session)
     solver, labels = json.loads(notes["fedeq.solver"]), json.loads(notes["fedeq.labels"])
     most = solver["max_iter"] if options.max_iter is None else options.max_iter
     tol = solver["tol"] if options.tol is None else options.tol
@@ -69,6 +70,18 @@ def _answer(session: Any, x: Any, options: argparse.Namespace) -> list[dict[str,
         }
         for logits, count, residual in rows
     ]
+
+
+def _metadata(session: Any) -> dict[str, str]:
+    notes: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    version = notes.get("fedeq.schema_version")
+    if version is None:
+        raise ValueError("not a model that fedeq model export has written")
+    if version.partition(".")[0] != SCHEMA_VERSION:
+        raise ValueError(
+            f"the model has schema version {version}, this runner reads {SCHEMA_VERSION}; take a newer one"
+        )
+    return notes
 
 
 def _agrees(logits: Any, stored: Any) -> bool:

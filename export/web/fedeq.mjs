@@ -1,12 +1,17 @@
 // An exported fedeq-edge model behind onnxruntime's JavaScript API; for the browser and for node.
 
 const AGREEMENT = 1e-5;
+const SCHEMA_VERSION = "1"; // major version of the metadata that this module reads
 
 // A model out of the bytes of its file. ort: the module onnxruntime-web or onnxruntime-node.
 export class Model {
   static async load(ort, bytes) {
     const told = metadata(bytes);
-    if (!told.has("fedeq.solver")) throw new Error("not a model that fedeq model export has written");
+    const version = told.get("fedeq.schema_version");
+    if (version === undefined) throw new Error("not a model that fedeq model export has written");
+    if (version.split(".")[0] !== SCHEMA_VERSION) {
+      throw new Error(`the model has schema version ${version}, this runner reads ${SCHEMA_VERSION}; take a newer one`);
+    }
     const options = { intraOpNumThreads: 1, interOpNumThreads: 1, logSeverityLevel: 3 };
     return new Model(ort, await ort.InferenceSession.create(bytes, options), told);
   }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedeq_edge.onnx.runtime import Predictor
+from tests.export.newer import newer_model
 
 EXPORT = Path(__file__).parents[2] / "export"
 EXAMPLE = EXPORT / "example"
@@ -28,10 +29,10 @@ def test_the_example_is_small() -> None:
     assert sum(path.stat().st_size for path in EXAMPLE.glob("*.[no]*")) < 20_000
 
 
-def run_python(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run_python(home: Path, *words: str, model: str = "model.onnx") -> subprocess.CompletedProcess[str]:
     """The Python runner over the example, with the user's folders in `home`."""
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
-    command = [sys.executable, str(EXPORT / "onnxruntime" / "run.py"), "model.onnx", "samples.npy", *words]
+    command = [sys.executable, str(EXPORT / "onnxruntime" / "run.py"), model, "samples.npy", *words]
     return subprocess.run(
         command, cwd=EXAMPLE, capture_output=True, text=True, check=False, env={**environment, "HOME": str(home)}
     )
@@ -51,6 +52,12 @@ def test_the_python_runner_says_when_answers_are_others(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("largest difference from the stored logits: ")
     assert run_python(tmp_path, "--check", "iterations.npy").stderr.count("\n") == 1
+
+
+def test_the_python_runner_answers_with_no_newer_file(tmp_path: Path) -> None:
+    done = run_python(tmp_path, model=newer_model(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "run.py: the model has schema version 2.0, this runner reads 1; take a newer one\n"
 
 
 @pytest.mark.parametrize("path", WEB, ids=lambda path: path.name)

@@ -20,6 +20,8 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.export.newer import newer_model
+
 pytestmark = [pytest.mark.runners, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +101,9 @@ def check_refusals(*command: str, cwd: Path) -> None:
     for words in (CHECK[:1], [CHECK[0], CHECK[0]], [CHECK[1], CHECK[1]], [*CHECK[:2], "--tol", "low"]):
         done = run(*command, *words, cwd=cwd)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    done = run(*command, newer_model(BUILD), CHECK[1], cwd=cwd)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the model has schema version 2.0, this runner reads 1" in done.stderr
     assert run(*command, *CHECK, "--max-iter", "1", cwd=cwd).returncode == 1  # other answers than the stored ones
 
 
