@@ -226,7 +226,7 @@ def _checked(content: bytes, name: str, kind: str) -> Mapping[str, str]:
     found = metadata.get("fedeq.schema_version")
     if found is None or metadata.get("fedeq.kind") != kind:
         raise ExportError(f"{name}: an ONNX file, but no {kind} graph of fedeq-edge; let the gateway build it")
-    if found != SCHEMA_VERSION:
+    if found.partition(".")[0] != SCHEMA_VERSION:  # as in runtime: a minor version adds, and changes nothing
         raise ExportError(f"{name}: has schema version {found}, this program reads {SCHEMA_VERSION}; update fedeq-edge")
     return metadata
 

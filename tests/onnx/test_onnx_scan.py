@@ -111,6 +111,10 @@ def test_what_no_graph_of_ours_holds_is_refused_in_one_line(content: bytes, mess
     assert str(caught.value).startswith("training graph")
 
 
+def test_a_later_minor_version_is_read() -> None:
+    assert TrainingGraph(changed(prop("fedeq.schema_version", "1.1"))).spec == SPEC
+
+
 def test_a_graph_of_another_model_is_refused() -> None:
     other = msgspec.structs.replace(SPEC, channels=5)
 
