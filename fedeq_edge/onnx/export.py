@@ -20,9 +20,9 @@ except ImportError as missing:
     raise ExportError("onnx is not installed; run pip install 'fedeq-edge[onnx,torch]'") from missing
 
 from fedeq_edge.onnx import graph
+from fedeq_edge.onnx.contract import SCHEMA_VERSION
 from fedeq_edge.onnx.precision import quantised, rounded, stored_in_half
 from fedeq_edge.onnx.recipe import DEFAULT, Recipe, load_recipe
-from fedeq_edge.onnx.runtime import SCHEMA_VERSION
 from fedeq_edge.onnx.verify import Request, Verification, verify
 from fedeq_edge.onnx.wrap import looped, model, unrolled
 from fedeq_edge.storage import write_atomically

@@ -12,11 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedeq_edge.deq.certificate import Certificate, Rate
 from fedeq_edge.errors import ConfigError, DataError, ExportError
+from fedeq_edge.onnx.contract import refuse_newer
 from fedeq_edge.onnx.session import open_session
 from fedeq_edge.training.step import LARGEST_BUDGET
 
-# Major version of the metadata: a reader knows all files of its own, whatever a minor version (1.1) added.
-SCHEMA_VERSION = "1"
 # Far above any residual of use, and its square far below float32's end, where a solve would stop before it begins.
 LARGEST_TOL = 1e6
 
@@ -168,8 +167,7 @@ def _kind(name: str, metadata: Mapping[str, str]) -> str:
     found = metadata.get("fedeq.schema_version")
     if found is None:
         raise ExportError(f"{name}: not written by fedeq-edge (no fedeq.schema_version); use fedeq model export")
-    if found.partition(".")[0] != SCHEMA_VERSION:
-        raise ExportError(f"{name}: has schema version {found}, this program reads {SCHEMA_VERSION}; update fedeq-edge")
+    refuse_newer(name, found)
     return metadata.get("fedeq.kind", "inference")
 
 

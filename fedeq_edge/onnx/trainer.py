@@ -20,7 +20,7 @@ from fedeq_edge.deq.layout import cell_weight, constraints, head_layout, size, t
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.deq.wellposed import step_size
 from fedeq_edge.errors import ConfigError, DataError, ExportError, SolverError
-from fedeq_edge.onnx.contract import FOUND, MOMENTS, SCHEMA_VERSION, SOLVER_GRAPH, STEP_SIZE
+from fedeq_edge.onnx.contract import FOUND, MOMENTS, SOLVER_GRAPH, STEP_SIZE, refuse_newer
 from fedeq_edge.onnx.scan import scan
 from fedeq_edge.onnx.session import open_session
 from fedeq_edge.training.backend import DIVERGED_REMEDY, Pull
@@ -226,8 +226,7 @@ def _checked(content: bytes, name: str, kind: str) -> Mapping[str, str]:
     found = metadata.get("fedeq.schema_version")
     if found is None or metadata.get("fedeq.kind") != kind:
         raise ExportError(f"{name}: an ONNX file, but no {kind} graph of fedeq-edge; let the gateway build it")
-    if found.partition(".")[0] != SCHEMA_VERSION:  # as in runtime: a minor version adds, and changes nothing
-        raise ExportError(f"{name}: has schema version {found}, this program reads {SCHEMA_VERSION}; update fedeq-edge")
+    refuse_newer(name, found)
     return metadata
 
 
