@@ -26,7 +26,6 @@ import msgspec
 
 from fedeq_edge import health, logs, modelfile, settings
 from fedeq_edge.consensus.methods import Method
-from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, FedEqError, TransportError
 from fedeq_edge.hardware import reading
 from fedeq_edge.hardware.memory import give_back, keep_heap, peak_rss_bytes, rss_bytes
@@ -54,7 +53,7 @@ from fedeq_edge.storage.files import locked
 from fedeq_edge.storage.graphs import GraphFolder
 from fedeq_edge.storage.status import write_status
 from fedeq_edge.training import exchange
-from fedeq_edge.training.step import Personal, Plan
+from fedeq_edge.training.step import Plan
 from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Will
 from fedeq_edge.transport.mqtt import MqttTransport
 from fedeq_edge.wire import coding
@@ -276,7 +275,7 @@ class Agent:
         if isinstance(reply, exchange.Done):
             self._carry_out(self._client.trained(reply.result, self._usage(), now))
         elif isinstance(reply, exchange.Fitted):
-            self._keep_personal(reply.personal)
+            self._keep_personal(reply)
             self._carry_out(self._client.personalised(reply.personal, self._usage(), now))
         elif isinstance(reply, exchange.Failed):
             if not event.trainer.ready:
@@ -302,7 +301,7 @@ class Agent:
         name = self._manifest.graph if self._settings.backend == "onnx" else None
         graph = None if name is None else self._graphs.find(name.sha256)
         return exchange.Setup(
-            spec=msgspec.convert(self._manifest.model, ModelSpec),
+            model=self._manifest.model,
             plan=msgspec.convert(self._manifest.plan, Plan),
             method=msgspec.convert(self._manifest.method, Method),
             backend=self._settings.backend,
@@ -384,16 +383,18 @@ class Agent:
         except TransportError as error:
             log.error("cannot publish", extra={"reason": str(error)})
 
-    def _keep_personal(self, personal: Personal) -> None:
+    def _keep_personal(self, fitted: exchange.Fitted) -> None:
         assert self._manifest is not None
+        personal = fitted.personal
         model = modelfile.ModelFile(
-            spec=msgspec.convert(self._manifest.model, ModelSpec),
+            model=self._manifest.model,
             theta=personal.theta,
             head=personal.head,
             budget=personal.budget,
             run=self._manifest.run,
             round=self._rounds,
             device=self._settings.device,
+            solver=fitted.solver,
         )
         modelfile.write(self._folder / PERSONAL, model)
 

@@ -8,37 +8,16 @@ from fedeq_edge.training.backend import Backend
 from fedeq_edge.training.step import BackendName, Plan
 
 
-def open_backend(name: BackendName, spec: ModelSpec, plan: Plan, *, graph: bytes = b"") -> Backend:
-    """A model of this spec on that backend, computing on one thread from here on.
+def open_backend(name: BackendName, spec: ModelSpec, plan: Plan) -> Backend:
+    """A model of this spec on that backend (`open_torch`; `open_onnx` on a graph that is built here)."""
+    return open_torch(spec, plan) if name == "torch" else open_onnx(build_graph(spec), plan)
 
-    graph: what backend "onnx" trains by (onnx/training.py). Raises ConfigError where the backend is not installed or
-    cannot carry out the plan, ExportError for a graph of another model or version.
+
+def open_torch(spec: ModelSpec, plan: Plan) -> Backend:
+    """A model of this spec in torch, which computes on one thread from here on.
+
+    Raises ConfigError where torch is not installed.
     """
-    return _torch(spec, plan) if name == "torch" else _onnx(spec, plan, graph)
-
-
-def dedicate_process(name: BackendName) -> None:
-    """This process trains and nothing else: torch counts denormal numbers, which take it a hundred times as long, as 0.
-
-    Other code of a process would find its arithmetic changed, so a backend does not do this by itself.
-    """
-    if name == "torch":
-        with contextlib.suppress(ImportError):  # said when it is opened
-            import torch  # noqa: PLC0415  # as in `_torch`
-
-            torch.set_flush_denormal(True)
-
-
-def build_graph(spec: ModelSpec) -> bytes:
-    """The training graph of this model; no torch is needed. Raises ExportError where onnx is not installed."""
-    try:
-        from fedeq_edge.onnx.training import build_training  # noqa: PLC0415  # onnx, where a graph is made
-    except ImportError as error:
-        raise ExportError("onnx is not installed; run pip install 'fedeq-edge[onnx]'") from error
-    return build_training(spec)
-
-
-def _torch(spec: ModelSpec, plan: Plan) -> Backend:
     try:
         import torch  # noqa: PLC0415  # hundreds of megabytes, where it is the chosen backend
     except ImportError as error:
@@ -51,7 +30,11 @@ def _torch(spec: ModelSpec, plan: Plan) -> Backend:
     return TorchBackend(spec, plan)
 
 
-def _onnx(spec: ModelSpec, plan: Plan, graph: bytes) -> Backend:
+def open_onnx(graph: bytes, plan: Plan) -> Backend:
+    """The model that a training graph (onnx/training.py) describes, on one thread of onnxruntime.
+
+    Raises ConfigError for a plan that graphs cannot carry out, ExportError without onnxruntime or for another file.
+    """
     if plan.jacobian_penalty:
         raise ConfigError(
             f"train.jacobian_penalty is {plan.jacobian_penalty:g}, and training graphs have no such term; "
@@ -59,4 +42,25 @@ def _onnx(spec: ModelSpec, plan: Plan, graph: bytes) -> Backend:
         )
     from fedeq_edge.onnx.backend import OnnxBackend  # noqa: PLC0415  # onnxruntime, where it is the chosen backend
 
-    return OnnxBackend(spec, plan, graph)
+    return OnnxBackend(graph, plan)
+
+
+def dedicate_process(name: BackendName) -> None:
+    """This process trains and nothing else: torch counts denormal numbers, which take it a hundred times as long, as 0.
+
+    Other code of a process would find its arithmetic changed, so a backend does not do this by itself.
+    """
+    if name == "torch":
+        with contextlib.suppress(ImportError):  # said when it is opened
+            import torch  # noqa: PLC0415  # as in `open_torch`
+
+            torch.set_flush_denormal(True)
+
+
+def build_graph(spec: ModelSpec) -> bytes:
+    """The training graph of this model; no torch is needed. Raises ExportError where onnx is not installed."""
+    try:
+        from fedeq_edge.onnx.training import build_training  # noqa: PLC0415  # onnx, where a graph is made
+    except ImportError as error:
+        raise ExportError("onnx is not installed; run pip install 'fedeq-edge[onnx]'") from error
+    return build_training(spec)

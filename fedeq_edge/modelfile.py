@@ -1,11 +1,12 @@
-"""A model on disk: what it is (ModelSpec), its weights, and where they come from. Extension .fedeq, no torch needed."""
+"""A model on disk: what it is, its weights, and where they come from. Extension .fedeq, no torch needed."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from fedeq_edge import storage
-from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.deq.spec import ModelSpec, read_spec
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.training.step import Budget, Vector
 
@@ -13,10 +14,12 @@ from fedeq_edge.training.step import Budget, Vector
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     """A device's personal model. theta (p,), head (h,) float32; budget: the solver work it was chosen for.
 
+    model: the fields of its ModelSpec, as the federation announced them. solver: the graph that solves it, of a model
+    trained by a graph (onnx/solver.py), so that it can be asked where its kind is not known; else empty.
     run, round: the federation and how far it was. device: whose it is. labels: names of the classes, may be empty.
     """
 
-    spec: ModelSpec
+    model: dict[str, Any]  # of whatever the kind has; object would go through the hook for vectors
     theta: Vector
     head: Vector
     budget: Budget
@@ -24,6 +27,12 @@ class ModelFile(msgspec.Struct, frozen=True, kw_only=True):
     round: int = 0
     device: str = ""
     labels: tuple[str, ...] = ()
+    solver: bytes = b""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What it is. Raises ConfigError where this version does not know such a model."""
+        return read_spec(self.model)
 
 
 def write(path: Path, model: ModelFile) -> None:

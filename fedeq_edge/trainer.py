@@ -15,15 +15,17 @@ from typing import BinaryIO
 import msgspec
 
 from fedeq_edge import storage
-from fedeq_edge.backends import dedicate_process, open_backend
+from fedeq_edge.backends import dedicate_process, open_onnx, open_torch
 from fedeq_edge.data.npz import load_client
-from fedeq_edge.deq.initial import initial
-from fedeq_edge.errors import FedEqError, StateError
+from fedeq_edge.deq.initial import start
+from fedeq_edge.deq.spec import read_spec
+from fedeq_edge.errors import ConfigError, FedEqError, StateError
 from fedeq_edge.hardware.clock import DeviceClock
 from fedeq_edge.hardware.memory import keep_heap, peak_rss_bytes
 from fedeq_edge.hardware.profiles import DeviceLimits, load_profile
 from fedeq_edge.hardware.reading import read
 from fedeq_edge.hardware.throttle import derate
+from fedeq_edge.training.backend import Backend
 from fedeq_edge.training.exchange import (
     Done,
     Failed,
@@ -89,6 +91,7 @@ class Trainer:
     """A learner with the limits of its board."""
 
     def __init__(self, setup: Setup) -> None:
+        self._backend = _open(setup)
         dedicate_process(setup.backend)
         board = load_profile(setup.profile) if setup.profile else None
         self._limits = board.limits if board else _UNKNOWN_BOARD
@@ -96,16 +99,16 @@ class Trainer:
         plan = setup.plan
         # What a step's cost depends on; the penalty adds products to it.
         penalised, by = plan.jacobian_penalty > 0.0, (setup.backend, setup.graph_sha256.hex())
-        made_of = (setup.spec, plan.batch, plan.budgets, penalised, setup.slowdown, by)
+        made_of = (setup.model, plan.batch, plan.budgets, penalised, setup.slowdown, by)
         name = hashlib.sha256(msgspec.json.encode(made_of))
         self._cache = cache.with_name(f"{cache.name}-{name.hexdigest()[:12]}")
         known = storage.load(self._cache, Calibration)
         self.learner = Learner(
-            open_backend(setup.backend, setup.spec, plan, graph=_graph(setup)),
+            self._backend,
             load_client(Path(setup.data)),
             setup.plan,
             setup.method,
-            start=initial(setup.spec, setup.seed),
+            start=start(self._backend.description, setup.seed),
             clock=DeviceClock(slowdown=setup.slowdown, shared=setup.shared),
             calibration=known,
             speed=lambda: derate(read(), self._limits).factor,
@@ -127,13 +130,23 @@ class Trainer:
     def fit(self, request: Fit) -> Reply:
         """The personal model."""
         head = request.head if request.head.size else self.learner.initial_head()
-        return Fitted(personal=self.learner.personalise(request.z, head), rss_peak=peak_rss_bytes())
+        personal = self.learner.personalise(request.z, head)
+        return Fitted(personal=personal, solver=self._backend.solver, rss_peak=peak_rss_bytes())
+
+
+def _open(setup: Setup) -> Backend:
+    """What the announced graph describes; in torch the model of the manifest, of a kind that this version knows."""
+    if setup.backend == "onnx":
+        return open_onnx(_graph(setup), setup.plan)
+    try:
+        spec = read_spec(setup.model)
+    except ConfigError as error:
+        raise ConfigError(f'{error}, or set backend = "onnx" on this device, which trains by the graph') from error
+    return open_torch(spec, setup.plan)
 
 
 def _graph(setup: Setup) -> bytes:
-    """The training graph, as the federation has announced it: nobody parses another. Empty where none is needed."""
-    if not setup.graph:
-        return b""
+    """The training graph, as the federation has announced it: nobody parses another."""
     path = Path(setup.graph)
     try:
         content = path.read_bytes()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fedeq_edge import modelfile
-from fedeq_edge.backends import build_graph, open_backend
+from fedeq_edge.backends import open_backend
 from fedeq_edge.deq.wellposed import certificate
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.hardware.budget import budget_of, choose, for_certificate, seconds_of, step_seconds
@@ -63,8 +63,7 @@ def probe(
 def _measure(path: Path, compute_s: float, steps: int, accuracy: float | None, backend: BackendName) -> dict[str, Any]:
     """Calibration of the model in `path` here, the budget that follows from it, and what is proven of its answers."""
     model, plan = modelfile.read(path), Plan(compute_s=compute_s)
-    graph = build_graph(model.spec) if backend == "onnx" else b""
-    calibration = calibrate_model(open_backend(backend, model.spec, plan, graph=graph), plan)
+    calibration = calibrate_model(open_backend(backend, model.spec, plan), plan)
     allowance = choose(
         calibration, steps=steps, compute_s=compute_s, menu=plan.budgets, adjoint_ratio=plan.adjoint_ratio
     )

@@ -14,7 +14,6 @@ from fedeq_edge import modelfile
 from fedeq_edge.cli import bench
 from fedeq_edge.cli.ask import ask, test_part
 from fedeq_edge.data.npz import load_client
-from fedeq_edge.deq.layout import head_layout, size, theta_layout
 from fedeq_edge.onnx.recipe import DEFAULT
 from fedeq_edge.storage import finite
 from fedeq_edge.training.step import LARGEST_BUDGET
@@ -94,10 +93,10 @@ def _model_facts(path: Path) -> dict[str, object]:
         "run": model.run,
         "round": model.round,
         "budget": msgspec.to_builtins(model.budget),
-        "theta_parameters": size(theta_layout(model.spec)),
-        "head_parameters": size(head_layout(model.spec)),
+        "theta_parameters": len(model.theta),
+        "head_parameters": len(model.head),
     }
-    facts.update(msgspec.to_builtins(model.spec))
+    facts.update(model.model)
     return facts
 
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from fedeq_edge import settings
-from fedeq_edge.backends import build_graph, open_backend
+from fedeq_edge.backends import open_backend
 from fedeq_edge.consensus.methods import method
 from fedeq_edge.data.npz import ClientData, describe, load_fleet, save_client
 from fedeq_edge.demo.summary import data_summary, export_models, read_status, summarise
@@ -213,7 +213,7 @@ def _time_to_train(spec: ModelSpec, plan: Plan, samples: int, backend: BackendNa
     It depends on this host, as the boards' speeds are relative to it; in the field it is a setting.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: a board is emulated on one core
-    opened = open_backend(backend, spec, plan, graph=build_graph(spec) if backend == "onnx" else b"")
+    opened = open_backend(backend, spec, plan)
     steps = plan.epochs * steps_per_epoch(samples, plan.batch)
     step_s = mean_step_seconds(calibrate_model(opened, plan), sorted(plan.budgets)[:2], plan.adjoint_ratio)
     slowest = max(1.0 / load_profile(board).relative_speed for board in PROFILES)

@@ -6,6 +6,7 @@ Names are those of `DEQ.named_parameters()`, arrays lie in C order, one after th
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from fedeq_edge.deq.spec import CELL_KERNEL, ModelSpec
 from fedeq_edge.errors import ConfigError
 
 Shape = tuple[int, ...]
+SetKind = Literal["rows", "spectral", "monotone"]
+"""The convex sets of well-posed W: `RowBound`, `SpectralBound`, `MonotoneBound`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +48,12 @@ Layout = tuple[Slot, ...]
 
 def theta_layout(spec: ModelSpec) -> Layout:
     """Slots of theta: the stem's parameters, then the cell's."""
-    return _stack([*_stem_shapes(spec), *_cell_shapes(spec)])
+    return stacked([*_stem_shapes(spec), *_cell_shapes(spec)])
 
 
 def head_layout(spec: ModelSpec) -> Layout:
     """Slots of the head: weight (classes, features), bias (classes,)."""
-    return _stack([("head.weight", (spec.classes, spec.features)), ("head.bias", (spec.classes,))])
+    return stacked([("head.weight", (spec.classes, spec.features)), ("head.bias", (spec.classes,))])
 
 
 def size(layout: Layout) -> int:
@@ -82,15 +85,27 @@ def checked(name: str, vector: NDArray[np.floating], layout: Layout) -> NDArray[
 
 def constraints(spec: ModelSpec) -> tuple[Constraint, ...]:
     """The convex set that keeps the cell well posed, as a condition on its W; none for a residual or a free cell."""
-    if spec.cell == "residual" or spec.radius is None:
-        return ()
-    weight = cell_weight(spec)
-    rows, cols, taps = spec.channels, spec.channels, prod(weight.shape[2:])
+    kind = set_kind(spec)
+    return () if kind is None or spec.radius is None else (constraint(kind, cell_weight(spec), spec.radius),)
+
+
+def set_kind(spec: ModelSpec) -> SetKind | None:
+    """By what the W of this cell is well posed; None for a residual cell, which has no such W."""
+    if spec.cell == "residual":
+        return None
     if spec.cell == "monotone":
-        return (MonotoneBound(offset=weight.offset, size=rows, radius=spec.radius),)
-    if spec.norm == "spectral":
-        return (SpectralBound(offset=weight.offset, rows=rows, cols=cols, taps=taps, radius=spec.radius),)
-    return (RowBound(offset=weight.offset, rows=rows, cols=cols * taps, radius=spec.radius),)
+        return "monotone"
+    return "spectral" if spec.norm == "spectral" else "rows"
+
+
+def constraint(kind: SetKind, weight: Slot, radius: float) -> Constraint:
+    """The set of that kind and radius for a layer (out, in, *taps); a monotone one is square and has no taps."""
+    rows, cols, taps = weight.shape[0], weight.shape[1], prod(weight.shape[2:])
+    if kind == "monotone":
+        return MonotoneBound(offset=weight.offset, size=rows, radius=radius)
+    if kind == "spectral":
+        return SpectralBound(offset=weight.offset, rows=rows, cols=cols, taps=taps, radius=radius)
+    return RowBound(offset=weight.offset, rows=rows, cols=cols * taps, radius=radius)
 
 
 def _stem_shapes(spec: ModelSpec) -> list[tuple[str, Shape]]:
@@ -123,7 +138,8 @@ def _norm_shapes(name: str, width: int) -> list[tuple[str, Shape]]:
     return [(f"{name}.weight", (width,)), (f"{name}.bias", (width,))]
 
 
-def _stack(shapes: Iterable[tuple[str, Shape]]) -> Layout:
+def stacked(shapes: Iterable[tuple[str, Shape]]) -> Layout:
+    """Slots of those names and shapes, one after the other."""
     slots: list[Slot] = []
     for name, shape in shapes:
         slots.append(Slot(name=name, shape=shape, offset=slots[-1].end if slots else 0))

@@ -1,5 +1,6 @@
 """What a model is, as a value that travels: everything that fixes the shape and the formula, no weights, no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -140,6 +141,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def norm_groups(self, width: int) -> int:
         """GroupNorm groups over `width` channels: as many channels per group as over `channels`."""
         return width * self.groups // self.channels
+
+
+def read_spec(model: Mapping[str, object]) -> ModelSpec:
+    """The model of a manifest or a file. Raises ConfigError where this version does not know such a model."""
+    try:
+        return msgspec.convert(model, ModelSpec)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"model: this version does not know it: {error}; update fedeq-edge here") from error
 
 
 def published(input_shape: tuple[int, ...], classes: int, size: Literal["S", "M"]) -> ModelSpec:

@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 
 from fedeq_edge.consensus.constraint import project
 from fedeq_edge.deq.certificate import Certificate, Rate
-from fedeq_edge.deq.layout import cell_weight, constraints
-from fedeq_edge.deq.spec import CELL_KERNEL, ModelSpec
+from fedeq_edge.deq.description import PROOFS, Description, Proof, describe
+from fedeq_edge.deq.layout import constraints
+from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError
 
 Matrix = NDArray[np.float64]
@@ -56,15 +57,28 @@ def certificate(theta: NDArray[np.floating], spec: ModelSpec, evaluations: int) 
 
 def rate(theta: NDArray[np.floating], spec: ModelSpec) -> Rate | None:
     """What theta (p,) promises at every budget; None where nothing is proven (residual, gamma >= 1)."""
-    gamma = inf if spec.cell == "residual" else contraction_rate(theta, spec)
+    return proven(theta, describe(spec))
+
+
+def proven(theta: NDArray[np.floating], description: Description) -> Rate | None:
+    """What theta (p,) of the model described promises at every budget; None where nothing is proven.
+
+    rows, spectral: f is gamma-Lipschitz in z by its one layer W, z_0 = f(0), entries of z* are at most 1 (as in the
+    theory of contractive cells above). monotone: as there.
+    """
+    proof = description.proof
+    if proof is None or proof.kind not in PROOFS:
+        return None
+    weight = _weight(theta, description, proof)
+    gamma = _gamma(weight, proof)
     if not gamma < 1.0:
         return None
-    monotone = spec.cell == "monotone"
+    monotone = proof.kind == "monotone"
     return Rate(
-        norm="max" if spec.cell == "contractive" and spec.norm == "max" else "rms",
+        norm="max" if proof.kind == "rows" else "rms",
         gamma=gamma,
-        scale=1.0 / _monotonicity(_weight(theta, spec)) if monotone else 1.0,
-        rounding=_rounding(gamma, spec),
+        scale=1.0 / _monotonicity(weight) if monotone else 1.0,
+        rounding=_rounding(gamma, weight),
         unit="injection" if monotone else "state",
     )
 
@@ -74,15 +88,10 @@ def contraction_rate(theta: NDArray[np.floating], spec: ModelSpec) -> float:
 
     Raises ConfigError for a residual cell.
     """
-    if spec.cell == "residual":
+    description = describe(spec)
+    if description.proof is None:
         raise ConfigError('model: a residual cell has no contraction rate; use cell = "contractive" for certificates')
-    weight = _weight(theta, spec)
-    if spec.cell == "monotone":
-        a, identity = step_size(weight), np.eye(spec.channels)
-        return float(np.linalg.norm((1.0 - a) * identity + a * weight, 2))
-    if spec.norm == "max":
-        return float(np.abs(weight).reshape(spec.channels, -1).sum(axis=1).max())
-    return _operator_norm(weight, spec.state_shape[1:])
+    return _gamma(_weight(theta, description, description.proof), description.proof)
 
 
 def step_size(weight: NDArray[np.floating]) -> float:
@@ -134,8 +143,17 @@ def _check_accuracy(gamma: float, accuracy: float) -> None:
         )
 
 
-def _weight(theta: NDArray[np.floating], spec: ModelSpec) -> Matrix:
-    return cell_weight(spec).view(theta).astype(np.float64)
+def _weight(theta: NDArray[np.floating], description: Description, proof: Proof) -> Matrix:
+    return description.slot(proof.parameter).view(theta).astype(np.float64)
+
+
+def _gamma(weight: Matrix, proof: Proof) -> float:
+    if proof.kind == "monotone":
+        a, identity = step_size(weight), np.eye(len(weight))
+        return float(np.linalg.norm((1.0 - a) * identity + a * weight, 2))
+    if proof.kind == "rows":
+        return float(np.abs(weight).reshape(len(weight), -1).sum(axis=1).max())
+    return _operator_norm(weight, proof.lengths)
 
 
 def _monotonicity(weight: Matrix) -> float:
@@ -152,12 +170,12 @@ def _operator_norm(weight: Matrix, lengths: tuple[int, ...]) -> float:
     """
     if not lengths:
         return float(np.linalg.norm(weight, 2))
-    grid = tuple(max(length + 1, CELL_KERNEL) for length in lengths)
+    grid = tuple(max(length + 1, taps) for length, taps in zip(lengths, weight.shape[2:], strict=True))
     spectrum = np.fft.rfftn(weight, s=grid, axes=tuple(range(2, weight.ndim)))
     return float(np.linalg.norm(spectrum, 2, axis=(0, 1)).max())
 
 
-def _rounding(gamma: float, spec: ModelSpec) -> float:
+def _rounding(gamma: float, weight: Matrix) -> float:
     """What float32 adds to |z_K - z*|, relative to the bound on |z*|: one evaluation's error, accumulated."""
-    terms = spec.channels * CELL_KERNEL**spec.spatial
+    terms = weight[0].size
     return _ROUNDING_ROOM * sqrt(terms) * _FLOAT32_ROUNDOFF / (1.0 - gamma)

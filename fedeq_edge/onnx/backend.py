@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from fedeq_edge.deq.layout import checked, head_layout, size, theta_layout
-from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.deq.layout import checked, size
 from fedeq_edge.onnx.trainer import GraphDescent, TrainingGraph
 from fedeq_edge.training.backend import Labels, Matrix, Measured, Pull, Samples
 from fedeq_edge.training.step import Budget, Plan, Vector
@@ -12,16 +11,21 @@ from fedeq_edge.training.step import Budget, Plan, Vector
 class OnnxBackend:
     """A model on a training graph (onnx/training.py), all parameters zero until `load`: a `Backend`.
 
-    Raises ExportError where `graph` is none, or of another model than `spec`.
+    The model is the one that the graph describes. Raises ExportError where `graph` is none.
     """
 
-    def __init__(self, spec: ModelSpec, plan: Plan, graph: bytes) -> None:
-        self.spec = spec
+    def __init__(self, graph: bytes, plan: Plan) -> None:
+        self._graph = TrainingGraph(graph)
         self._plan = plan
-        self._graph = TrainingGraph(graph, expect=spec)
-        self._layouts = theta_layout(spec), head_layout(spec)
+        self.description = self._graph.description
+        self._layouts = self.description.theta_layout, self.description.head_layout
         theta, head = (np.zeros(size(layout), np.float32) for layout in self._layouts)
         self._held = theta, head
+
+    @property
+    def solver(self) -> bytes:
+        """The graph beside the training graph that solves the model."""
+        return self._graph.solver.content
 
     def load(self, theta: Vector, head: Vector) -> None:
         """The model computes with copies of these. Raises ConfigError for another size and for NaN or infinity."""
@@ -56,9 +60,9 @@ class OnnxBackend:
         self._held = steps.theta, steps.head
 
     def solve(self, x: Samples, forward: int) -> tuple[Matrix, Vector]:
-        """(features (B, spec.features), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
+        """(features (B, f), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
         theta, _ = self._held
-        return self._graph.solve(x, theta, forward=forward)
+        return self._graph.solver.solve(x, theta, forward=forward)
 
 
 class Descent:

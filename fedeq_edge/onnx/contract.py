@@ -20,6 +20,8 @@ FOUND = ("loss", "gradient_norm", "residual", "backward_residual")
 """Outputs that are numbers."""
 STEP_SIZE = "step_size"
 """Input of a monotone model's graphs: a of `wellposed.step_size`, chosen for the W of this step."""
+DESCRIPTION = "fedeq.description"
+"""Metadata of a training or solver graph: `deq/description.Description` in JSON, all that a device needs to know."""
 SOLVER_GRAPH = "fedeq.solver_graph"
 """Metadata that holds the solver, a graph of its own, in base64."""
 

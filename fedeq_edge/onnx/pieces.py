@@ -1,13 +1,18 @@
 """The flat parts of a model with its weights as values of the graph, ready to be placed where it trains.
 
 Same formulas, and the same code, as in the files that answer (`graph`): there a weight is a constant.
+
+A new architecture begins here: what is given as `Pieces` is compiled into a training graph (`training`), and devices
+learn of it by that graph alone.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from fedeq_edge.deq.description import Description, describe
 from fedeq_edge.deq.layout import head_layout, theta_layout
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.onnx.contract import STEP_SIZE
@@ -17,28 +22,46 @@ from fedeq_edge.onnx.rules import NARROW, Shape, turned
 Sizes = list[int | str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pieces:
-    """Stem, start, cell and head of `spec`, their weights free. shapes: of the weights, as the operators take them."""
+    """An architecture; its weights are free values, called as in the description.
 
-    def __init__(self, spec: ModelSpec) -> None:
-        zeros = {
-            slot.name: np.zeros(slot.shape, dtype=np.float32) for slot in (*theta_layout(spec), *head_layout(spec))
-        }
-        self.shapes: dict[str, Shape] = {}
-        self.stem = self._freed(injection(spec, zeros), zeros)
-        self.start = _start(spec)
-        if spec.cell == "monotone":
-            self.cell = _monotone_cell()
-            self.shapes["cell.weight"] = (spec.channels, spec.channels)
-        else:
-            self.cell = self._freed(cell(spec, zeros), zeros)
-        self.head = self._freed(head(spec, zeros), zeros)
+    stem: x -> injection. start: injection -> z_0. cell: z, injection -> f. head: z_star -> logits, by a last node that
+    is the linear layer of the description's head. Weights of the cell are called cell.*, of the head head.*, all others
+    are the stem's.
+    state_shape: of one sample's z. shapes: of the weights, as the operators take them.
+    """
 
-    def _freed(self, part: Part, weights: Mapping[str, object]) -> Part:
-        """`part` without the constants that are weights."""
-        self.shapes |= {c.name: _flat(c) for c in part.constants if c.name in weights}
-        left = [constant for constant in part.constants if constant.name not in weights]
-        return _with_affine(Part(part.prefix, part.nodes, left), self.shapes)
+    description: Description
+    state_shape: Shape
+    stem: Part
+    start: Part
+    cell: Part
+    head: Part
+    shapes: Mapping[str, Shape]
+
+
+def pieces_of(spec: ModelSpec) -> Pieces:
+    """The model that `spec` stands for."""
+    zeros = {slot.name: np.zeros(slot.shape, dtype=np.float32) for slot in (*theta_layout(spec), *head_layout(spec))}
+    parts = injection(spec, zeros), cell(spec, zeros), head(spec, zeros)
+    shapes = {c.name: _flat(c) for part in parts for c in part.constants if c.name in zeros}
+    stem, step, last = (_freed(part, shapes) for part in parts)
+    return Pieces(
+        description=describe(spec),
+        state_shape=spec.state_shape,
+        stem=stem,
+        start=_start(spec),
+        cell=_monotone_cell() if spec.cell == "monotone" else step,
+        head=last,
+        shapes=shapes,
+    )
+
+
+def _freed(part: Part, shapes: Mapping[str, Shape]) -> Part:
+    """`part` without the constants that are weights."""
+    left = [constant for constant in part.constants if constant.name not in shapes]
+    return _with_affine(Part(part.prefix, part.nodes, left), shapes)
 
 
 def _flat(weight: TensorProto) -> Shape:

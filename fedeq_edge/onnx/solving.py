@@ -1,6 +1,6 @@
 """The forward solve with weights as values of the graph: plain iteration, measured at its last evaluation.
 
-`solver_graph` is a whole graph of it, x, theta, forward -> features, residual: what evaluation, refit and personal
+`solving_graph` is a whole graph of it, x, theta, forward -> features, residual: what evaluation, refit and personal
 models need of a device's model.
 """
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from onnx import GraphProto, TensorProto, helper
 
-from fedeq_edge.deq.layout import Slot, size, theta_layout
-from fedeq_edge.deq.spec import SMALLEST_NORM, ModelSpec
+from fedeq_edge.deq.layout import Slot, size
+from fedeq_edge.deq.spec import SMALLEST_NORM
 from fedeq_edge.onnx.contract import STEP_SIZE
 from fedeq_edge.onnx.graph import Part
 from fedeq_edge.onnx.pieces import Pieces, Sizes, loop, placed, swift, value, whole
@@ -19,30 +19,31 @@ from fedeq_edge.onnx.rules import Shape
 Axes = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
-def solver_graph(spec: ModelSpec) -> GraphProto:
-    """x (batch, *input_shape), theta (p,), forward () -> features (batch, spec.features), residual (batch,)."""
-    pieces, slots = Pieces(spec), theta_layout(spec)
+def solving_graph(pieces: Pieces) -> GraphProto:
+    """x (batch, *input_shape), theta (p,), forward () -> features (batch, features), residual (batch,)."""
+    described = pieces.description
+    slots = described.theta_layout
     pool = Part(pieces.head.prefix, pieces.head.nodes[:-1], pieces.head.constants)
     pooled = placed(pool, "out", {"z_star": "z_star"})
     pooled.apply("Identity", pooled.nodes[-1].output[0] if pooled.nodes else "z_star", name="features")
-    scalars = [value(STEP_SIZE, [])] if spec.cell == "monotone" else []
+    scalars = [value(STEP_SIZE, [])] if described.step_size else []
     return whole(
         [
             unpacked(slots, pieces.shapes, "theta"),
             placed(pieces.stem, "in", {"x": "x", "injection": "injection"}),
-            solving(pieces, spec),
+            solving(pieces),
             placed(pieces.cell, "last", {"z": "z_before", "injection": "injection", "f": "z_star"}),
-            residual_of(spec, "residual"),
+            residual_of(pieces.state_shape, "residual"),
             pooled,
         ],
         "solver",
         [
-            value("x", ["batch", *spec.input_shape]),
+            value("x", ["batch", *described.input_shape]),
             value("theta", [size(slots)]),
             value("forward", [], TensorProto.INT64),
             *scalars,
         ],
-        [value("features", ["batch", spec.features]), value("residual", ["batch"])],
+        [value("features", ["batch", described.features]), value("residual", ["batch"])],
     )
 
 
@@ -58,7 +59,7 @@ def unpacked(slots: Sequence[Slot], shapes: Mapping[str, Shape], vector: str) ->
     return part
 
 
-def solving(pieces: Pieces, spec: ModelSpec) -> Part:
+def solving(pieces: Pieces) -> Part:
     """injection, forward = K -> z_before, the state after K - 1 evaluations."""
     part = placed(pieces.start, "start", {"injection": "injection", "z_0": "z_0", STEP_SIZE: STEP_SIZE})
     weights, cell = swift(pieces.cell, pieces.shapes)
@@ -66,36 +67,39 @@ def solving(pieces: Pieces, spec: ModelSpec) -> Part:
     part.constants.extend(weights.constants)
     body = placed(cell, "solve", {"z": "solve/z", "injection": "injection"})
     going = body.apply("Identity", "solve/going")
-    state: Sizes = ["batch", *spec.state_shape]
+    state: Sizes = ["batch", *pieces.state_shape]
     trips = part.apply("Sub", "forward", part.constant(np.array(1)))
     (last,) = loop(part, body, trips, ["z_0"], [("solve/z", state)], [going, "solve/f"])
     part.apply("Identity", last, name="z_before")
     return part
 
 
-def residual_of(spec: ModelSpec, name: str) -> Part:
+def residual_of(shape: Shape, name: str) -> Part:
     """z_star = f(z_before) -> the relative residual (batch,), as `deq/batch.relative_residual` has it."""
     part = Part("residual")
-    length = norms(part, spec, "z_star")
-    ratio = relative(part, spec, ("z_star", length), "z_before", SMALLEST_NORM)
+    length = norms(part, shape, "z_star")
+    ratio = relative(part, shape, ("z_star", length), "z_before", SMALLEST_NORM)
     infinite = part.constant(np.array(np.inf, dtype=np.float32))
     part.apply("Where", part.apply("IsInf", length), infinite, ratio, name=name)
     return part
 
 
-def relative(part: Part, spec: ModelSpec, new: tuple[str, str], old: str, floor: float) -> str:
+def relative(part: Part, shape: Shape, new: tuple[str, str], old: str, floor: float) -> str:
     """|new - old| / max(|new|, floor), (batch,); new: a state and its norm."""
     state, length = new
-    change = norms(part, spec, part.apply("Sub", state, old))
+    change = norms(part, shape, part.apply("Sub", state, old))
     return part.apply("Div", change, part.apply("Max", length, part.constant(np.array(floor, dtype=np.float32))))
 
 
-def norms(part: Part, spec: ModelSpec, state: str) -> str:
-    """L2 norms (batch,). onnxruntime's ReduceL2 over several axes takes two to three times as long."""
+def norms(part: Part, shape: Shape, state: str) -> str:
+    """L2 norms (batch,) of a state, whose samples are of that shape.
+
+    onnxruntime's ReduceL2 over several axes takes two to three times as long.
+    """
     squares = part.apply("Mul", state, state)
-    return part.apply("Sqrt", part.apply("ReduceSum", squares, part.constant(state_axes(spec)), keepdims=0))
+    return part.apply("Sqrt", part.apply("ReduceSum", squares, part.constant(state_axes(shape)), keepdims=0))
 
 
-def state_axes(spec: ModelSpec) -> Axes:
+def state_axes(shape: Shape) -> Axes:
     """All axes of a state but the batch."""
-    return np.arange(1, 1 + len(spec.state_shape), dtype=np.int64)
+    return np.arange(1, 1 + len(shape), dtype=np.int64)

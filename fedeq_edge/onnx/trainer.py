@@ -1,32 +1,28 @@
 """Train a model by its training graph: onnxruntime and numpy, no torch, no onnx package.
 
 The graph (`training`) computes; what depends on the constraint set is numpy's, here as in `deq/model.DEQ`: theta is
-projected after every step, and a monotone cell's step size is chosen for the W of the next one.
+projected after every step, and a monotone cell's step size is chosen for the W of the next one. Which sets these are,
+as all else of the model, the graph itself describes: no kind of cell is known here.
 """
 
-import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge.consensus.constraint import project
-from fedeq_edge.deq.layout import cell_weight, constraints, head_layout, size, theta_layout
-from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.deq.wellposed import step_size
+from fedeq_edge.deq.layout import size
 from fedeq_edge.errors import ConfigError, DataError, ExportError, SolverError
-from fedeq_edge.onnx.contract import FOUND, MOMENTS, SOLVER_GRAPH, STEP_SIZE, refuse_newer
-from fedeq_edge.onnx.scan import scan
+from fedeq_edge.onnx.contract import FOUND, MOMENTS
+from fedeq_edge.onnx.reading import read_training
 from fedeq_edge.onnx.session import open_session
+from fedeq_edge.onnx.solver import Ends, SolverGraph, check_ends, samples
 from fedeq_edge.training.backend import DIVERGED_REMEDY, Pull
 
 Vector = NDArray[np.float32]
-Matrix = NDArray[np.float32]
 Array = NDArray[Any]
 
 
@@ -42,26 +38,20 @@ class GraphStep:
 class TrainingGraph:
     """A loaded training graph with its solver; `content` may come from anybody, once its digest is the announced one.
 
-    spec: of the model that it trains; another one than `expect`, where given, is refused. optimizer: "sgd" or "adam".
-    theta_size, head_size: p and h. Raises ExportError in one line where the file is damaged, is no training graph, is
-    of a newer format, or holds what no graph of ours does (`scan`).
+    description: of the model that it trains. optimizer: "sgd" or "adam". theta_size, head_size: p and h.
+    Raises ExportError in one line as `reading.read_training`, and where onnxruntime refuses it.
     """
 
-    def __init__(self, content: bytes, *, expect: ModelSpec | None = None, threads: int = 1) -> None:
+    def __init__(self, content: bytes, *, threads: int = 1) -> None:
         name = "training graph"
-        metadata = _checked(content, name, "training")
-        self.spec = _spec(metadata, name)
-        if expect is not None and self.spec != expect:
-            raise ExportError(f"{name}: built for another model than this federation's; fetch the one it announces")
-        self.optimizer = metadata.get("fedeq.optimizer", "")
-        if self.optimizer not in MOMENTS:
-            raise ExportError(f"{name}: optimiser {self.optimizer!r} is unknown here; update fedeq-edge")
-        solver = _unpacked(metadata.get(SOLVER_GRAPH, ""), name)
-        _checked(solver, f"{name}: its solver", "solver")
-        self.theta_size, self.head_size = size(theta_layout(self.spec)), size(head_layout(self.spec))
+        facts = read_training(content, name)
+        self.description, self.optimizer = facts.description, facts.optimizer
+        self.theta_size, self.head_size = size(self.description.theta_layout), size(self.description.head_layout)
         self.session = open_session(content, threads, name)
-        self._solver = open_session(solver, threads, name)
-        _check_ends(self.session, self._ends(), name)
+        check_ends(self.session, self._ends(), name)
+        self.solver = SolverGraph(facts.solver, threads=threads, name=f"{name}: its solver")
+        if self.solver.description != self.description:
+            raise ExportError(f"{name}: its solver is of another model; let the gateway build it anew")
 
     def descent(
         self,
@@ -82,7 +72,7 @@ class TrainingGraph:
         for label, vector, length in (("theta", theta, self.theta_size), ("head", head, self.head_size)):
             if vector.shape != (length,):
                 raise ConfigError(
-                    f"model: {label} has shape {vector.shape}, this spec needs ({length},); "
+                    f"model: {label} has shape {vector.shape}, this model needs ({length},); "
                     "was it made for another model?"
                 )
         scalars = {"rate": rate, "momentum": momentum, "clip": clip, "train_head": float(not frozen_head)}
@@ -90,33 +80,13 @@ class TrainingGraph:
         w = np.concatenate([theta, head]).astype(np.float32, copy=False)
         return GraphDescent(self, w, constants | self._pulled(weight_decay, pull))
 
-    def solve(self, x: NDArray[np.float32], theta: Vector, *, forward: int) -> tuple[Matrix, Vector]:
-        """(features (B, spec.features), residual (B,)) of samples x (B, *input_shape) after `forward` >= 1 evaluations.
-
-        Raises DataError where x does not fit the model.
-        """
-        feeds = {
-            "x": _samples(x, self.spec),
-            "theta": np.ascontiguousarray(theta, dtype=np.float32),
-            "forward": np.array(forward),
-            **self.step_size(theta),
-        }
-        features, residual = self._solver.run(["features", "residual"], feeds)
-        return features, residual
-
-    def step_size(self, vector: Vector) -> dict[str, NDArray[np.float32]]:
-        """The graph's input for a monotone cell's step size at the W in `vector`, which begins with theta."""
-        if self.spec.cell != "monotone":
-            return {}
-        return {STEP_SIZE: np.array(step_size(cell_weight(self.spec).view(vector)), dtype=np.float32)}
-
-    def _ends(self) -> dict[str, list[int | str]]:
+    def _ends(self) -> Ends:
         """Shapes of inputs and outputs that a step reads and writes."""
         total: list[int | str] = [self.theta_size + self.head_size]
         moments = MOMENTS[self.optimizer]
         vectors = ("w", *moments, "curvature", "offset", "w_next", *(f"{name}_next" for name in moments))
         return {
-            "x": ["batch", *self.spec.input_shape],
+            "x": ["batch", *self.description.input_shape],
             **dict.fromkeys(vectors, total),
             **{name: [] for name in ("rate", "momentum", "clip", "train_head", "tol", *FOUND)},
         }
@@ -141,7 +111,7 @@ class GraphDescent:
 
     def __init__(self, graph: TrainingGraph, w: Vector, constants: Mapping[str, Array]) -> None:
         self._graph = graph
-        self._constraints = constraints(graph.spec)
+        self._constraints = graph.description.constraints
         moments = MOMENTS[graph.optimizer]
         self._now, self._next = ({"w": w.copy()} | {name: np.zeros_like(w) for name in moments} for _ in range(2))
         self._settings: dict[str, Array] = {
@@ -151,7 +121,7 @@ class GraphDescent:
         }
         if graph.optimizer == "adam":
             self._settings["count"] = np.ones((), dtype=np.int64)
-        self._settings |= graph.step_size(w)
+        self._settings |= graph.solver.step_size(w)
         self._found: dict[str, Array] = {name: np.zeros((), dtype=np.float32) for name in FOUND}
         self._constants = constants
         self._ahead, self._back = self._bound(self._now, self._next), self._bound(self._next, self._now)
@@ -172,7 +142,10 @@ class GraphDescent:
         tol: above 0 the adjoint ends where its relative residual is at most that, `adjoint` being the most terms.
         Raises SolverError, before anything has changed, when the loss or its gradient is not finite.
         """
-        batch: dict[str, Array] = {"x": _samples(x, self._graph.spec), "y": np.ascontiguousarray(y, dtype=np.int64)}
+        batch: dict[str, Array] = {
+            "x": samples(x, self._graph.description),
+            "y": np.ascontiguousarray(y, dtype=np.int64),
+        }
         if y.shape != x.shape[:1]:
             raise DataError(f"training: {len(x)} samples with labels of shape {y.shape}; give one label per sample")
         for name, number in (("forward", forward), ("adjoint", adjoint), ("tol", tol)):
@@ -188,7 +161,7 @@ class GraphDescent:
         """What the step has written is the present."""
         self._now, self._next, self._ahead, self._back = self._next, self._now, self._back, self._ahead
         project(self._now["w"][: self._graph.theta_size], self._constraints)
-        for name, value in self._graph.step_size(self._now["w"]).items():
+        for name, value in self._graph.solver.step_size(self._now["w"]).items():
             self._settings[name][...] = value
         if "count" in self._settings:
             self._settings["count"] += 1
@@ -212,41 +185,3 @@ def _refuse_non_finite(loss: float, norm: float, forward: int) -> None:
         raise SolverError(f"training: the loss is {loss} at K = {forward}; {DIVERGED_REMEDY}")
     if not isfinite(norm):
         raise SolverError(f"training: the gradient's norm is {norm}; {DIVERGED_REMEDY}")
-
-
-def _samples(x: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.float32]:
-    if x.shape[1:] != spec.input_shape or not len(x):
-        raise DataError(f"training: samples have shape {x.shape}, the model takes (batch, *{spec.input_shape})")
-    return np.ascontiguousarray(x, dtype=np.float32)
-
-
-def _checked(content: bytes, name: str, kind: str) -> Mapping[str, str]:
-    """Metadata of the graph in `content`, which is of this kind and format."""
-    metadata = scan(content, name).metadata
-    found = metadata.get("fedeq.schema_version")
-    if found is None or metadata.get("fedeq.kind") != kind:
-        raise ExportError(f"{name}: an ONNX file, but no {kind} graph of fedeq-edge; let the gateway build it")
-    refuse_newer(name, found)
-    return metadata
-
-
-def _spec(metadata: Mapping[str, str], name: str) -> ModelSpec:
-    try:
-        return msgspec.json.decode(metadata.get("fedeq.spec", ""), type=ModelSpec)
-    except (msgspec.DecodeError, ConfigError) as error:
-        raise ExportError(f"{name}: its model cannot be read: {error}; update fedeq-edge") from error
-
-
-def _unpacked(packed: str, name: str) -> bytes:
-    try:
-        return base64.b64decode(packed, validate=True)
-    except binascii.Error as error:
-        raise ExportError(f"{name}: its solver is damaged; fetch it again") from error
-
-
-def _check_ends(session: Any, expected: Mapping[str, list[int | str]], name: str) -> None:
-    """The arrays that we lend to onnxruntime are of the shapes and the type that the graph has."""
-    found = {value.name: (value.shape, value.type) for value in [*session.get_inputs(), *session.get_outputs()]}
-    for end, shape in expected.items():
-        if found.get(end) != (shape, "tensor(float)"):
-            raise ExportError(f"{name}: {end} is {found.get(end)}, the model needs float32 {shape}; fetch it again")

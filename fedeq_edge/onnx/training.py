@@ -14,26 +14,38 @@ No number of a device is inside: budgets, rates, duals and weights are inputs, s
 What is not in the graph is numpy's (`trainer`): the projection onto the constraint set, a monotone cell's step size,
 and the refusal of a step that is not finite.
 
-Beside it travels the solver: x, theta, K -> the features that a head is fitted to, in the metadata of the same file.
+Beside it travels, in the metadata of the same file, all else that a device needs of the model: its description
+(`deq/description`), and the solver, x, theta, K -> the features that a head is fitted to.
 """
 
 import base64
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, checker, helper, shape_inference
 
 from fedeq_edge import __version__
-from fedeq_edge.deq.layout import head_layout, size, theta_layout
+from fedeq_edge.deq.description import Description
+from fedeq_edge.deq.layout import size
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ExportError
 from fedeq_edge.onnx.autodiff import OPSET, Linearised, added
-from fedeq_edge.onnx.contract import FOUND, IR_VERSION, MOMENTS, SCHEMA_VERSION, SOLVER_GRAPH, STEP_SIZE, Optimizer
+from fedeq_edge.onnx.contract import (
+    DESCRIPTION,
+    FOUND,
+    IR_VERSION,
+    MOMENTS,
+    SCHEMA_VERSION,
+    SOLVER_GRAPH,
+    STEP_SIZE,
+    Optimizer,
+)
 from fedeq_edge.onnx.graph import Part
-from fedeq_edge.onnx.pieces import Pieces, Sizes, loop, placed, value, whole
+from fedeq_edge.onnx.pieces import Pieces, Sizes, loop, pieces_of, placed, value, whole
 from fedeq_edge.onnx.rules import Shape
-from fedeq_edge.onnx.solving import norms, relative, residual_of, solver_graph, solving, state_axes, unpacked
+from fedeq_edge.onnx.solving import norms, relative, residual_of, solving, solving_graph, state_axes, unpacked
 
 # Below it a gradient counts as zero in the clip (torch_step) and in a relative residual (deq/adjoints).
 _SMALLEST_CLIPPED = 1e-12
@@ -43,33 +55,31 @@ _SECOND_MOMENT, _ROOM = 0.999, 1e-8
 
 
 def build_training(spec: ModelSpec, *, optimizer: Optimizer = "sgd") -> bytes:
-    """The step of `spec` with its solver, as one ONNX file: equal arguments, equal bytes.
+    """The training graph of the model that `spec` stands for (`compile_training`)."""
+    return compile_training(pieces_of(spec), optimizer=optimizer)
+
+
+def compile_training(pieces: Pieces, *, optimizer: Optimizer = "sgd") -> bytes:
+    """The step of an architecture with its solver, as one ONNX file: equal arguments, equal bytes.
 
     Raises ExportError where onnx refuses the graph.
     """
-    step = _model(_Step(spec, optimizer).graph(), spec, "training")
-    solver = _model(solver_graph(spec), spec, "solver")
-    helper.set_model_props(
-        step,
-        {
-            **_properties(spec, "training"),
-            "fedeq.optimizer": optimizer,
-            SOLVER_GRAPH: base64.b64encode(solver.SerializeToString(deterministic=True)).decode(),
-        },
-    )
+    solver = build_solver(pieces)
+    told = {"fedeq.optimizer": optimizer, SOLVER_GRAPH: base64.b64encode(solver).decode()}
+    step = _model(_Step(pieces, optimizer).graph(), pieces.description, "training", told)
     content: bytes = step.SerializeToString(deterministic=True)
     return content
 
 
-def _properties(spec: ModelSpec, kind: str) -> dict[str, str]:
-    return {
-        "fedeq.kind": kind,
-        "fedeq.schema_version": SCHEMA_VERSION,
-        "fedeq.spec": msgspec.json.encode(spec).decode(),
-    }
+def build_solver(pieces: Pieces) -> bytes:
+    """The solver of an architecture, as an ONNX file of its own."""
+    content: bytes = _model(solving_graph(pieces), pieces.description, "solver").SerializeToString(deterministic=True)
+    return content
 
 
-def _model(graph: GraphProto, spec: ModelSpec, kind: str) -> ModelProto:
+def _model(
+    graph: GraphProto, described: Description, kind: str, told: Mapping[str, str] = MappingProxyType({})
+) -> ModelProto:
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET)],
@@ -77,31 +87,30 @@ def _model(graph: GraphProto, spec: ModelSpec, kind: str) -> ModelProto:
         producer_name="fedeq-edge",
         producer_version=__version__,
     )
-    helper.set_model_props(model, _properties(spec, kind))
+    description = msgspec.json.encode(described, order="deterministic").decode()
+    own = {"fedeq.kind": kind, "fedeq.schema_version": SCHEMA_VERSION, DESCRIPTION: description}
+    helper.set_model_props(model, {**own, **told})
     try:
         checker.check_model(model, full_check=True)
     except (checker.ValidationError, shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
-        raise ExportError(
-            f"{kind} graph: onnx refuses it: {reason}; this is a defect, report the model's spec"
-        ) from error
+        raise ExportError(f"{kind} graph: onnx refuses it: {reason}; this is a defect, report the model") from error
     return model
 
 
 class _Step:
     """The step's graph while it grows: `_parts` in the order in which they are computed."""
 
-    def __init__(self, spec: ModelSpec, optimizer: Optimizer) -> None:
-        self._spec, self._optimizer = spec, optimizer
-        self._pieces = Pieces(spec)
-        self._slots = (*theta_layout(spec), *head_layout(spec))
-        self._size = size(theta_layout(spec)) + size(head_layout(spec))
-        self._state: Shape = (0, *spec.state_shape)
+    def __init__(self, pieces: Pieces, optimizer: Optimizer) -> None:
+        self._pieces, self._described, self._optimizer = pieces, pieces.description, optimizer
+        self._theta, self._head = self._described.theta_layout, self._described.head_layout
+        self._size = size(self._theta) + size(self._head)
+        self._state: Shape = (0, *pieces.state_shape)
         self._parts: list[Part] = []
 
     def graph(self) -> GraphProto:
         """Inputs and outputs by name as in `trainer`."""
-        self._parts = [unpacked(self._slots, self._pieces.shapes, "w")]
+        self._parts = [unpacked((*self._theta, *self._head), self._pieces.shapes, "w")]
         stem, evaluation, head = self._forward()
         back = Part("back")
         v, head_gradients = self._loss(head, back)
@@ -112,15 +121,15 @@ class _Step:
 
     def _forward(self) -> tuple[Linearised, Linearised, Linearised]:
         """Solve; stem, last evaluation and head, each with its values in the graph."""
-        pieces, spec = self._pieces, self._spec
+        pieces = self._pieces
         stem = placed(pieces.stem, "in", {"x": "x", "injection": "injection"})
         last = placed(pieces.cell, "last", {"z": "z_before", "injection": "injection", "f": "z_star"})
         head = placed(pieces.head, "out", {"z_star": "z_star", "logits": "logits"})
-        residual = residual_of(spec, "residuals")
+        residual = residual_of(pieces.state_shape, "residuals")
         residual.apply("ReduceMean", "residuals", keepdims=0, name="residual")
-        self._parts += [stem, solving(pieces, spec), last, residual, head]
+        self._parts += [stem, solving(pieces), last, residual, head]
         return (
-            self._linearised(stem, {"x": (0, *spec.input_shape)}),
+            self._linearised(stem, {"x": (0, *self._described.input_shape)}),
             self._linearised(last, {"z_before": self._state, "injection": self._state}),
             self._linearised(head, {"z_star": self._state}),
         )
@@ -137,10 +146,11 @@ class _Step:
         column = back.apply("Unsqueeze", "y", back.constant(np.array([1])))
         own = back.apply("GatherElements", logarithms, column, axis=1)
         back.apply("Neg", back.apply("ReduceMean", own, keepdims=0), name="loss")
-        depth, ends = back.constant(np.array(self._spec.classes)), back.constant(np.array([0, 1], dtype=np.float32))
+        depth = back.constant(np.array(self._described.classes))
+        ends = back.constant(np.array([0, 1], dtype=np.float32))
         excess = back.apply("Sub", back.apply("Exp", logarithms), back.apply("OneHot", "y", depth, ends, axis=1))
         batch = back.apply("Cast", back.apply("Shape", "y"), to=TensorProto.FLOAT)
-        names = [slot.name for slot in head_layout(self._spec)]
+        names = [slot.name for slot in self._head]
         found = head.pull({"logits": back.apply("Div", excess, batch)}, ["z_star", *names], back)
         return found.pop("z_star"), found
 
@@ -154,11 +164,12 @@ class _Step:
         u, before = v, nothing
         for trips, measures in ((counted, False), (tested, True)):
             u, before = self._products(evaluation, v, (trips, u, before), back, measures=measures)
-        residual = relative(back, self._spec, (u, norms(back, self._spec, u)), before, _SMALLEST_GRADIENT)
+        shape = self._pieces.state_shape
+        residual = relative(back, shape, (u, norms(back, shape, u)), before, _SMALLEST_GRADIENT)
         sound = back.apply("Less", residual, back.constant(np.array(np.inf, dtype=np.float32)))
         one = back.constant(np.array(1.0, dtype=np.float32))
         back.apply("ReduceMean", back.apply("Where", sound, residual, one), keepdims=0, name="backward_residual")
-        rows = back.apply("Unsqueeze", sound, back.constant(state_axes(self._spec)))
+        rows = back.apply("Unsqueeze", sound, back.constant(state_axes(shape)))
         return back.apply("Where", rows, u, v)
 
     def _products(
@@ -172,19 +183,20 @@ class _Step:
         following = added(body, pulled, v)
         held = body.apply("Identity", u)
         go_on = self._unsettled(body, following, u) if measures else body.apply("Identity", f"{label}/going")
-        state: Sizes = ["batch", *self._spec.state_shape]
+        state: Sizes = ["batch", *self._pieces.state_shape]
         last, held_last = loop(back, body, start[0], start[1:], [(u, state), (before, state)], [go_on, following, held])
         return last, held_last
 
     def _unsettled(self, body: Part, u: str, before: str) -> str:
-        residual = relative(body, self._spec, (u, norms(body, self._spec, u)), before, _SMALLEST_GRADIENT)
+        shape = self._pieces.state_shape
+        residual = relative(body, shape, (u, norms(body, shape, u)), before, _SMALLEST_GRADIENT)
         # Written so that NaN goes on, to the end of the budget.
         left = body.apply("Cast", body.apply("Not", body.apply("LessOrEqual", residual, "tol")), to=TensorProto.INT32)
         return body.apply("Cast", body.apply("ReduceMax", left, keepdims=0), to=TensorProto.BOOL)
 
     def _gradients(self, stem: Linearised, evaluation: Linearised, u: str, back: Part) -> dict[str, str]:
         """Gradients of theta by name: u through the last evaluation, and on through the injection."""
-        names = [slot.name for slot in theta_layout(self._spec)]
+        names = [slot.name for slot in self._theta]
         own = [name for name in names if name.startswith("cell.")]
         found = evaluation.pull({"z_star": u}, [*own, "injection"], back)
         into_stem = found.pop("injection")
@@ -195,7 +207,7 @@ class _Step:
         part = Part("update")
         flat = part.constant(np.array([-1]))
         pieces = []
-        for slot in self._slots:
+        for slot in (*self._theta, *self._head):
             gradient = part.apply("Reshape", gradients[slot.name], flat)
             pieces.append(part.apply("Mul", gradient, "train_head") if slot.name.startswith("head.") else gradient)
         gradient = part.apply("Concat", *pieces, axis=0)
@@ -213,10 +225,10 @@ class _Step:
     def _inputs(self) -> list[ValueInfoProto]:
         vectors = ("w", *MOMENTS[self._optimizer], "curvature", "offset")
         scalars = ("rate", "momentum", "clip", "train_head", "tol")
-        floats = [*scalars, *([STEP_SIZE] if self._spec.cell == "monotone" else [])]
+        floats = [*scalars, *([STEP_SIZE] if self._described.step_size else [])]
         integers = ["forward", "adjoint", *(["count"] if self._optimizer == "adam" else [])]
         return [
-            value("x", ["batch", *self._spec.input_shape]),
+            value("x", ["batch", *self._described.input_shape]),
             value("y", ["batch"], TensorProto.INT64),
             *(value(name, [self._size]) for name in vectors),
             *(value(name, []) for name in floats),

@@ -30,7 +30,7 @@ class Listener:
     """Answers are to be had at `address` from now on, until `stop`; raises ConfigError where they cannot be.
 
     state: the folder with the personal model. idle_s: the answering process leaves after so long without requests.
-    graphs: folders with further training graphs.
+    graphs: folders where releases and updates put models.
     """
 
     def __init__(self, address: Address, state: Path, *, idle_s: float, graphs: Sequence[Path] = ()) -> None:

@@ -1,14 +1,13 @@
 """The newest personal model of a state folder, and what it answers.
 
-personal.fedeq is what the agent writes at the end of a federation: numpy answers dense ones, the solver graph inside
-the training graph (training.onnx) convolutional ones. personal.onnx is what `fedeq model export` makes of it:
+personal.fedeq is what the agent writes at the end of a federation: numpy answers dense ones of a kind known here, all
+others the solver graph that one trained by a graph brings. personal.onnx is what `fedeq model export` makes of it:
 onnxruntime answers. So do models that a release or an update has brought. The newest of all that can be answered here
 answers; it is looked at with every request and loaded again when it has changed.
 """
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge import modelfile
-from fedeq_edge.deq.certificate import Certificate
-from fedeq_edge.deq.layout import head_layout
+from fedeq_edge.deq.certificate import Certificate, Rate
+from fedeq_edge.deq.layout import size
 from fedeq_edge.deq.numeric import Inference, NumpyDEQ
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.deq.wellposed import certificate
+from fedeq_edge.deq.wellposed import proven, rate
 from fedeq_edge.errors import ConfigError, DataError, ExportError, FedEqError, StateError
 from fedeq_edge.onnx.recipe import load_recipe
 from fedeq_edge.onnx.scan import scan
@@ -113,7 +112,7 @@ class Newest:
             stamp = tuple(found)
             if self._model is None or stamp != self._stamp:
                 self._model, self._stamp = None, stamp  # the old one makes room first
-                self._model = _first_that_loads([path for _, path, *_ in found], self._folders)
+                self._model = _first_that_loads([path for _, path, *_ in found], self._folders[0])
             return self._model
 
 
@@ -128,13 +127,13 @@ def _found(state: Path, *others: Path) -> Iterator[tuple[int, Path, int, int]]:
         yield status.st_mtime_ns, path, status.st_ino, status.st_size
 
 
-def _first_that_loads(paths: list[Path], graphs: Sequence[Path]) -> Model:
+def _first_that_loads(paths: list[Path], state: Path) -> Model:
     errors: list[FedEqError] = []
     for path in paths:
         if _trains(path):
             continue
         try:
-            model = _exported(path) if path.suffix == ".onnx" else _personal(path, graphs)
+            model = _exported(path) if path.suffix == ".onnx" else _personal(path)
         except FedEqError as error:
             log.warning("cannot answer with this model", extra={"reason": str(error)})
             errors.append(error)
@@ -144,7 +143,7 @@ def _first_that_loads(paths: list[Path], graphs: Sequence[Path]) -> Model:
     if errors:
         raise errors[0]
     raise StateError(
-        f"no personal model in {graphs[0]} yet: the device makes one when its federation ends; "
+        f"no personal model in {state} yet: the device makes one when its federation ends; "
         f"a {NAMES[0]} that is put there serves, too"
     )
 
@@ -158,36 +157,61 @@ def _trains(path: Path) -> bool:
     return False  # damaged: whoever loads it says so
 
 
-def _personal(path: Path, graphs: Sequence[Path]) -> Model:
+def _personal(path: Path) -> Model:
     found = modelfile.read(path)
-    spatial = bool(found.spec.spatial)
+    spec = _dense(found)
+    return _by_graph(path, found) if spec is None else _by_numpy(path, found, spec)
+
+
+def _dense(found: modelfile.ModelFile) -> ModelSpec | None:
+    """What numpy can answer; None for a convolutional model, or for one of a kind that this version does not know."""
+    with contextlib.suppress(ConfigError):
+        return None if found.spec.spatial else found.spec
+    return None
+
+
+def _by_numpy(path: Path, found: modelfile.ModelFile, spec: ModelSpec) -> Model:
     return Model(
-        engine=_graph_engine(path, found, graphs) if spatial else NumpyDEQ(found.spec, found.theta, found.head),
-        input_shape=found.spec.input_shape,
-        labels=found.labels or tuple(map(str, range(found.spec.classes))),
+        engine=NumpyDEQ(spec, found.theta, found.head),
+        input_shape=spec.input_shape,
+        labels=found.labels or tuple(map(str, range(spec.classes))),
         budget=found.budget.forward,
-        tol=0.0 if spatial else load_recipe().tol,
-        facts={"file": path.name, "run": found.run, "round": found.round, "device": found.device},
-        certify=_certifier(found.theta, found.spec),
+        tol=load_recipe().tol,
+        facts=_facts(path, found),
+        certify=_certifier(rate(found.theta, spec)),
     )
 
 
-def _graph_engine(path: Path, found: modelfile.ModelFile, graphs: Sequence[Path]) -> Engine:
-    """The model behind the training graph of its spec. Raises ExportError without onnxruntime or such a graph."""
-    from fedeq_edge.onnx.trainer import TrainingGraph  # noqa: PLC0415  # onnxruntime only where needed
+def _by_graph(path: Path, found: modelfile.ModelFile) -> Model:
+    """Raises ExportError without onnxruntime, or where no graph solves the model, or another's."""
+    from fedeq_edge.onnx.solver import SolverGraph  # noqa: PLC0415  # onnxruntime only where needed
 
-    for candidate in (file for folder in graphs for file in sorted(folder.glob("*.onnx"))):
-        with contextlib.suppress(ExportError, OSError):  # a file of another kind, or another model's
-            return _GraphEngine(TrainingGraph(candidate.read_bytes(), expect=found.spec), found)
-    raise ExportError(
-        f'{path} is convolutional and there is no training graph for it, as backend = "onnx" brings one: run '
-        f"fedeq model export {path} --out {path.with_suffix('.onnx')}"
+    if not found.solver:
+        raise ExportError(
+            f'{path} is not for numpy and was trained without a graph (backend = "onnx"): run fedeq model export '
+            f"{path} --out {path.with_suffix('.onnx')} on a host that knows the model"
+        )
+    graph = SolverGraph(found.solver, name=f"{path}: its solver")
+    described = graph.description
+    if (len(found.theta), len(found.head)) != (size(described.theta_layout), size(described.head_layout)):
+        raise ExportError(f"{path}: its parameters are of another model than its solver; copy it from the device again")
+    return Model(
+        engine=_GraphEngine(graph, found),
+        input_shape=described.input_shape,
+        labels=found.labels or tuple(map(str, range(described.classes))),
+        budget=found.budget.forward,
+        tol=0.0,
+        facts=_facts(path, found),
+        certify=_certifier(proven(found.theta, described)),
     )
 
 
-def _certifier(theta: NDArray[np.float32], spec: ModelSpec) -> Callable[[int], Certificate | None]:
-    # A spectral rate takes a decomposition, and a batch asks for the same few counts over and over.
-    return functools.lru_cache(maxsize=64)(lambda evaluations: certificate(theta, spec, evaluations))
+def _facts(path: Path, found: modelfile.ModelFile) -> Mapping[str, object]:
+    return {"file": path.name, "run": found.run, "round": found.round, "device": found.device}
+
+
+def _certifier(rate: Rate | None) -> Callable[[int], Certificate | None]:
+    return lambda evaluations: None if rate is None else rate.certificate(evaluations)
 
 
 def _exported(path: Path) -> Model:
@@ -225,18 +249,15 @@ def _stored_certificate(metadata: Mapping[str, str]) -> Callable[[int], Certific
 
 
 class _GraphEngine:
-    """A personal model behind the solver graph that devices train with; it spends the whole budget."""
+    """A personal model behind its solver graph; it spends the whole budget."""
 
     def __init__(self, graph: Any, found: modelfile.ModelFile) -> None:  # its class is known where onnxruntime is
-        weights = {slot.name: slot.view(found.head) for slot in head_layout(found.spec)}
         self._graph, self._theta = graph, found.theta
-        self._weight, self._bias = weights["head.weight"], weights["head.bias"]
+        self._weight, self._bias = (slot.view(found.head) for slot in graph.description.head_layout)
 
     def infer(self, x: Samples, *, budget: int, tol: float | None = None) -> Inference:
         if tol is not None:
-            raise ConfigError(
-                f"tol {tol}: a training graph spends the whole budget; leave tol out, or export the model"
-            )
+            raise ConfigError(f"tol {tol}: a solver graph spends the whole budget; leave tol out, or export the model")
         features, residual = self._graph.solve(x, self._theta, forward=budget)
         logits = features @ self._weight.T + self._bias
         return Inference(logits=logits, evaluations=np.full(len(x), budget), residual=residual)

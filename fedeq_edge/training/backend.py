@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.deq.description import Description
 from fedeq_edge.training.step import Budget, Vector
 
 Samples = NDArray[np.float32]
@@ -59,8 +59,13 @@ class Backend(Protocol):
     """One model, theta (p,) and head (h,), and the library that trains it."""
 
     @property
-    def spec(self) -> ModelSpec:
-        """What it computes."""
+    def description(self) -> Description:
+        """Of the model."""
+        ...
+
+    @property
+    def solver(self) -> bytes:
+        """A graph that solves the model (onnx/solver.py), empty where the library has none."""
         ...
 
     def load(self, theta: Vector, head: Vector) -> None:
@@ -80,5 +85,5 @@ class Backend(Protocol):
         ...
 
     def solve(self, x: Samples, forward: int) -> tuple[Matrix, Vector]:
-        """(features (B, spec.features), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
+        """(features (B, f), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
         ...

@@ -4,7 +4,7 @@ import numpy as np
 
 from fedeq_edge.consensus.methods import METHODS
 from fedeq_edge.data.npz import ClientData
-from fedeq_edge.deq.initial import initial
+from fedeq_edge.deq.initial import start
 from fedeq_edge.training.backend import Backend
 from fedeq_edge.training.learner import Learner
 from fedeq_edge.training.step import Calibration, Plan
@@ -12,8 +12,8 @@ from fedeq_edge.training.step import Calibration, Plan
 
 def calibrate_model(backend: Backend, plan: Plan) -> Calibration:
     """The measured cost of one batch, on samples made of noise: the arithmetic does not depend on what they show."""
-    spec, rng = backend.spec, np.random.default_rng(0)
-    x = rng.standard_normal((plan.batch, *spec.input_shape), dtype=np.float32)
-    y = rng.integers(0, spec.classes, plan.batch)
+    described, rng = backend.description, np.random.default_rng(0)
+    x = rng.standard_normal((plan.batch, *described.input_shape), dtype=np.float32)
+    y = rng.integers(0, described.classes, plan.batch)
     data = ClientData(x_train=x, y_train=y, x_test=x[:0], y_test=y[:0])
-    return Learner(backend, data, plan, METHODS["admm"], start=initial(spec, 0)).calibrate()
+    return Learner(backend, data, plan, METHODS["admm"], start=start(described, 0)).calibrate()

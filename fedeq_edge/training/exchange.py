@@ -5,13 +5,12 @@ lives only while there is training to do, so that an idle device pays for no tor
 """
 
 import struct
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
 
 from fedeq_edge import structs
 from fedeq_edge.consensus.methods import Method
-from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.training.step import BackendName, LocalResult, LocalTask, Personal, Plan, Vector
 
 _LENGTH: Final = struct.Struct("<I")
@@ -21,12 +20,13 @@ _LIMIT_BYTES: Final = 2**30
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """First request: what to train on what. Answered by `Ready`.
 
-    backend: what trains; graph: file with the training graph where that needs one, sha256: which it must have.
+    model: as the manifest has it. backend: what trains; graph: file with the training graph where that needs one, which
+    then says what the model is, sha256: which it must have.
     cache: file that keeps the calibration of this model on this device. slowdown, shared: of an emulated board
     (hardware/clock.py). seed: of the federation's initial weights.
     """
 
-    spec: ModelSpec
+    model: dict[str, Any]  # of whatever the kind has; object would go through the hook for vectors
     plan: Plan
     method: Method
     backend: BackendName
@@ -68,9 +68,10 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Fitted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The personal model."""
+    """The personal model. solver: the graph that solves it, of one trained by a graph; else empty."""
 
     personal: Personal
+    solver: bytes
     rss_peak: int
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.data.npz import ClientData
-from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.deq.wellposed import certificate
+from fedeq_edge.deq.description import Description
+from fedeq_edge.deq.wellposed import proven
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.hardware.budget import Allowance, Pace, budget_of, choose, for_certificate, round_seconds
 from fedeq_edge.hardware.calibrate import calibrate
@@ -53,7 +53,7 @@ class Learner:
         speed: Callable[[], float] = lambda: 1.0,
         watts: float | None = None,
     ) -> None:
-        _check(backend.spec, data)
+        _check(backend.description, data)
         self._backend = backend
         self._plan, self._method, self._data, self._start = plan, method, data, start
         self._clock: Clock = DeviceClock() if clock is None else clock
@@ -129,12 +129,13 @@ class Learner:
             self._train_alone(allowance, near)
         self._refit(forward)
         personal_theta, personal_head = self._backend.parameters()
+        rate = proven(personal_theta, self._backend.description)
         return Personal(
             theta=personal_theta,
             head=personal_head,
             budget=budget_of(forward, self._plan.adjoint_ratio),
             residual=self._residual(forward),
-            certificate=certificate(personal_theta, self._backend.spec, forward),
+            certificate=None if rate is None else rate.certificate(forward),
             accuracy_personal=self._test_accuracy(forward),
             accuracy_consensus=consensus_accuracy,
             # last: it leaves the model with other parameters
@@ -159,8 +160,8 @@ class Learner:
         if self._plan.accuracy is None:
             return None
         theta, _ = self._backend.parameters()
-        first = certificate(theta, self._backend.spec, evaluations=1)
-        return None if first is None else for_certificate(first, self._plan.accuracy).forward
+        rate = proven(theta, self._backend.description)
+        return None if rate is None else for_certificate(rate.certificate(1), self._plan.accuracy).forward
 
     def _pull(self, task: LocalTask) -> Pull:
         return Pull(
@@ -292,17 +293,21 @@ class Learner:
         return accuracy(self._features(self._data.x_test, forward), self._data.y_test, head)
 
 
-def _check(spec: ModelSpec, data: ClientData) -> None:
+def _check(model: Description, data: ClientData) -> None:
     if not len(data.y_train):
         raise ConfigError("training: this device has no training samples; give it data or leave it out of the fleet")
     shape = data.x_train.shape[1:]
-    if shape != spec.input_shape:
+    if shape != model.input_shape:
         raise ConfigError(
-            f"training: samples have shape {shape}, the model takes {spec.input_shape}; change one of them"
+            f"training: samples have shape {shape}, the model takes {model.input_shape}; change one of them"
         )
-    highest = int(data.y_train.max())
-    if highest >= spec.classes:
-        raise ConfigError(f"training: label {highest} is outside the model's {spec.classes} classes; raise `classes`")
+    labels = np.concatenate([data.y_train, data.y_test])
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < model.classes:
+            raise ConfigError(
+                f"training: label {label} is outside the model's {model.classes} classes, 0 to {model.classes - 1}; "
+                "raise `classes`, or number the labels of the data anew"
+            )
 
 
 def _middle(menu: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedeq_edge.deq.description import describe
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import SolverError
@@ -97,8 +98,10 @@ class Descent:
 class TorchBackend:
     """A model in torch on the CPU: a `Backend`."""
 
+    solver = b""
+
     def __init__(self, spec: ModelSpec, plan: Plan) -> None:
-        self.spec = spec
+        self.description = describe(spec)
         self._plan = plan
         self._model = DEQ(spec)
 
@@ -115,6 +118,6 @@ class TorchBackend:
         return Descent(self._model, self._plan, rate=rate, pull=pull, frozen_head=frozen_head, seed=seed)
 
     def solve(self, x: Samples, forward: int) -> tuple[Matrix, Vector]:
-        """(features (B, spec.features), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
+        """(features (B, f), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
         found = self._model.solve(torch.from_numpy(x), budget=forward)
         return self._model.features(found.value).numpy(), found.residual.numpy()

@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from fedeq_edge.backends import build_graph, open_backend
+from fedeq_edge.backends import build_graph, open_onnx, open_torch
 from fedeq_edge.consensus.admm import Consensus
 from fedeq_edge.consensus.fixed import dual_step, dual_value, fraction_bits
 from fedeq_edge.consensus.methods import Method
@@ -75,7 +75,7 @@ class Federation:
         graph = build_graph(self.spec) if backend == "onnx" else b""
         return {
             name: Learner(
-                open_backend(backend, self.spec, self.plan, graph=graph),
+                open_onnx(graph, self.plan) if graph else open_torch(self.spec, self.plan),
                 data,
                 self.plan,
                 self.method,

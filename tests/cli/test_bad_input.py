@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from msgspec import to_builtins
 
 from fedeq_edge import modelfile
 from fedeq_edge.deq.initial import initial
@@ -236,7 +237,7 @@ def test_a_probe_without_its_backend_names_the_package_and_the_way_out(
 ) -> None:
     spec = ModelSpec(input_shape=(6,), classes=2, channels=8)
     theta, head = initial(spec, 0)
-    model = modelfile.ModelFile(spec=spec, theta=theta, head=head, budget=Budget(forward=4, adjoint=2))
+    model = modelfile.ModelFile(model=to_builtins(spec), theta=theta, head=head, budget=Budget(forward=4, adjoint=2))
     modelfile.write(place / "a.fedeq", model)
     program = (
         f"import sys; sys.modules[{package!r}] = None; sys.argv[0] = 'fedeq'; from fedeq_edge.cli import main; main()"

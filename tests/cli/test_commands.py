@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from msgspec import to_builtins
 
 from fedeq_edge import modelfile, orders
+from fedeq_edge.deq.description import describe
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.onnx.trainer import TrainingGraph
@@ -28,7 +30,10 @@ def personal(place: Path) -> Path:
     theta, head = initial(SPEC, 0)
     path = place / "personal.fedeq"
     modelfile.write(
-        path, modelfile.ModelFile(spec=SPEC, theta=theta, head=head, budget=Budget(forward=6, adjoint=2), device="a")
+        path,
+        modelfile.ModelFile(
+            model=to_builtins(SPEC), theta=theta, head=head, budget=Budget(forward=6, adjoint=2), device="a"
+        ),
     )
     return path
 
@@ -39,7 +44,9 @@ def image(place: Path) -> Path:
     spec = ModelSpec(input_shape=(1, 6, 6), classes=2, cell="residual", channels=8, groups=4)
     theta, head = initial(spec, 0)
     path = place / "image.fedeq"
-    modelfile.write(path, modelfile.ModelFile(spec=spec, theta=theta, head=head, budget=Budget(forward=4, adjoint=2)))
+    modelfile.write(
+        path, modelfile.ModelFile(model=to_builtins(spec), theta=theta, head=head, budget=Budget(forward=4, adjoint=2))
+    )
     x = np.random.default_rng(0).normal(size=(40, 1, 6, 6)).astype(np.float32)
     np.savez(place / "images.npz", x=x, y=np.arange(40) % 2)
     return path
@@ -77,7 +84,7 @@ def test_aggregator_graph_writes_what_its_devices_train_by(fedeq: "Fedeq", place
     assert told.status == 0, told.err
     content = (place / "plant.onnx").read_bytes()
     assert hashlib.sha256(content).hexdigest() in told.err
-    assert TrainingGraph(content).spec == ModelSpec(input_shape=(6,), classes=2)
+    assert TrainingGraph(content).description == describe(ModelSpec(input_shape=(6,), classes=2))
 
 
 def test_device_list_has_the_boards_of_the_kit(fedeq: "Fedeq") -> None:

@@ -153,7 +153,7 @@ def gradient(given: Problem, x: Array, y: NDArray[np.int64], budget: Budget, tol
         **{name: np.array(number, dtype=np.float32) for name, number in numbers.items()},
         "forward": np.array(budget.forward),
         "adjoint": np.array(budget.adjoint),
-        **loaded.step_size(w),
+        **loaded.solver.step_size(w),
     }
     (found,) = loaded.session.run(["velocity_next"], feeds)
     return np.asarray(found, dtype=np.float32)
@@ -315,7 +315,7 @@ def test_features_and_residuals_are_those_of_torch(spec: ModelSpec) -> None:
     model.load(given.theta, given.head)
     expected = model.solve(torch.from_numpy(x), budget=4)
 
-    features, residual = TrainingGraph(build_training(spec)).solve(x, given.theta, forward=4)
+    features, residual = TrainingGraph(build_training(spec)).solver.solve(x, given.theta, forward=4)
 
     assert apart(features, model.features(expected.value).numpy()) < 2e-6
     assert np.allclose(residual, expected.residual.numpy(), rtol=1e-3, atol=1e-6)
@@ -369,10 +369,10 @@ def test_a_value_that_nothing_depends_on_is_named() -> None:
 def test_a_device_trains_without_torch_and_without_onnx(tmp_path: Path) -> None:
     (tmp_path / "graph.onnx").write_bytes(build_training(DENSE))
     code = (
-        "import sys, numpy; from pathlib import Path; from fedeq_edge.deq.initial import initial;"
+        "import sys, numpy; from pathlib import Path; from fedeq_edge.deq.initial import start;"
         "from fedeq_edge.onnx.trainer import TrainingGraph;"
         f"graph = TrainingGraph(Path({str(tmp_path / 'graph.onnx')!r}).read_bytes());"
-        "steps = graph.descent(*initial(graph.spec, 0), rate=0.1, momentum=0.9, clip=1.0);"
+        "steps = graph.descent(*start(graph.description, 0), rate=0.1, momentum=0.9, clip=1.0);"
         "steps.step(numpy.ones((2, 12), 'f'), numpy.array([0, 1]), forward=2, adjoint=1);"
         "print(sorted({'torch', 'onnx'} & set(sys.modules)))"
     )
@@ -384,6 +384,6 @@ def test_a_device_trains_without_torch_and_without_onnx(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(64,), (9, 128), (1, 8, 8), (1, 28, 28), (3, 32, 32)])
 def test_every_model_that_we_recommend_has_a_graph(shape: tuple[int, ...]) -> None:
     spec, _, _ = recommend(shape, 10)
-    loaded = TrainingGraph(build_training(spec), expect=spec)
+    loaded = TrainingGraph(build_training(spec))
 
     assert (loaded.theta_size, loaded.head_size) == tuple(vector.size for vector in initial(spec, 0))

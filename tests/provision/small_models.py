@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from msgspec import to_builtins
+
 from fedeq_edge import modelfile
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
@@ -14,5 +16,7 @@ def personal(path: Path, seed: int = 0) -> Path:
     """`path` (.fedeq) is a model as it begins with this seed."""
     theta, head = initial(SPEC, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    modelfile.write(path, modelfile.ModelFile(spec=SPEC, theta=theta, head=head, budget=Budget(forward=6, adjoint=2)))
+    modelfile.write(
+        path, modelfile.ModelFile(model=to_builtins(SPEC), theta=theta, head=head, budget=Budget(forward=6, adjoint=2))
+    )
     return path

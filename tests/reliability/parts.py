@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fedeq_edge import agent, gateway, logs, settings
 from fedeq_edge.deq.initial import initial
+from fedeq_edge.deq.spec import read_spec
 from fedeq_edge.protocol import client, course, rounds, transfers, tree
 from fedeq_edge.settings import AgentSettings, AggregatorSettings
 from fedeq_edge.storage import locked
@@ -53,7 +54,7 @@ class Puppet:
 
     def __init__(self, setup: exchange.Setup, log_path: Path, inbox: "queue.SimpleQueue[object]") -> None:
         self._device, self._hold = log_path.parent.parent.name, log_path.parent.parent / HOLD
-        self._head = initial(setup.spec, setup.seed)[1]
+        self._head = initial(read_spec(setup.model), setup.seed)[1]
         self._inbox = inbox
         self.pid = os.getpid()
         self.idle_since: float | None = None
@@ -106,7 +107,7 @@ class Puppet:
             accuracy_consensus=0.5,
             local_only=None,
         )
-        return exchange.Fitted(personal=personal, rss_peak=0)
+        return exchange.Fitted(personal=personal, solver=b"", rss_peak=0)
 
 
 def _hurry() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from msgspec import to_builtins
 
 from fedeq_edge import modelfile
 from fedeq_edge.deq.initial import initial
@@ -96,7 +97,12 @@ def personal(spec: ModelSpec = DENSE, *, seed: int = 0, round_number: int = 3) -
     """A model as a federation leaves it."""
     theta, head = initial(spec, seed)
     return ModelFile(
-        spec=spec, theta=theta, head=head, budget=Budget(forward=6, adjoint=2), run="r", round=round_number
+        model=to_builtins(spec),
+        theta=theta,
+        head=head,
+        budget=Budget(forward=6, adjoint=2),
+        run="r",
+        round=round_number,
     )
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fedeq_edge.deq.engine import TorchEngine
 from fedeq_edge.deq.numeric import NumpyDEQ
 from fedeq_edge.deq.wellposed import certificate
+from fedeq_edge.onnx.reading import read_training
 from fedeq_edge.onnx.training import build_training
 from fedeq_edge.serving.address import Address, listen
 from fedeq_edge.serving.newest import MOST_SAMPLES, Newest
@@ -147,10 +149,9 @@ def test_a_convolutional_model_says_how_to_make_it_answer(application: Applicati
     assert "fedeq model export" in reply.error
 
 
-def test_a_convolutional_model_is_answered_by_its_training_graph(application: Application, state: Path) -> None:
+def test_a_convolutional_model_is_answered_by_the_solver_that_it_brings(application: Application, state: Path) -> None:
     model, x = personal(CONVOLUTIONAL), samples(5).reshape(5, 1, 4, 4)
-    (state / "training.onnx").write_bytes(build_training(CONVOLUTIONAL))
-    keep(state, model)
+    keep(state, replace(model, solver=read_training(build_training(CONVOLUTIONAL), "graph").solver))
     expected = TorchEngine(model.spec, model.theta, model.head).infer(x, budget=4)
     reply = application.infer(x, "?budget=4")
     assert reply.status == 200
@@ -158,6 +159,15 @@ def test_a_convolutional_model_is_answered_by_its_training_graph(application: Ap
     np.testing.assert_allclose([answer["logits"] for answer in answers], expected.logits, atol=1e-5)
     assert [answer["evaluations"] for answer in answers] == [4] * 5
     assert application.infer(x, "?tol=1e-3").status == 400
+
+
+def test_a_model_that_its_solver_does_not_fit_is_named(application: Application, state: Path) -> None:
+    model = personal(CONVOLUTIONAL)
+    solver = read_training(build_training(CONVOLUTIONAL), "graph").solver
+    keep(state, replace(model, theta=model.theta[1:], solver=solver))
+    reply = application.health()
+    assert reply.status == 503
+    assert "of another model than its solver" in reply.error
 
 
 def test_without_a_model_every_question_is_answered_with_why(application: Application, state: Path) -> None:

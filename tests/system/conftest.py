@@ -89,6 +89,11 @@ class Fleet:
     def start_aggregator(self) -> None:
         self.aggregator = self._start("aggregator", self.folder / "aggregator.toml")
 
+    def start_gateway(self, program: Path) -> None:
+        """A program of the test's own in the place of the aggregator."""
+        config = self.folder / "aggregator.toml"
+        self.aggregator = self._run(config, str(program), str(config))
+
     def start_agents(self) -> None:
         for device in self.devices:
             self.start_agent(device)
@@ -138,9 +143,12 @@ class Fleet:
             process.wait()
 
     def _start(self, noun: str, config: Path, *options: str) -> Process:
+        return self._run(config, "-m", "fedeq_edge", noun, "run", "--config", str(config), *options)
+
+    def _run(self, config: Path, *words: str) -> Process:
         with config.with_suffix(".log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "fedeq_edge", noun, "run", "--config", str(config), *options],
+                [sys.executable, *words],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from fedeq_edge.backends import build_graph, open_backend
+from fedeq_edge.backends import build_graph, open_onnx, open_torch
 from fedeq_edge.consensus.methods import METHODS, Method
 from fedeq_edge.data.npz import ClientData
 from fedeq_edge.deq.initial import initial
@@ -45,7 +45,7 @@ def blobs(spec: ModelSpec, *, classes: tuple[int, ...] = (0, 1, 2), seed: int = 
 
 
 def backend_of(name: BackendName, spec: ModelSpec = SPEC, plan: Plan = PLAN) -> Backend:
-    return open_backend(name, spec, plan, graph=_graph(spec) if name == "onnx" else b"")
+    return open_onnx(_graph(spec), plan) if name == "onnx" else open_torch(spec, plan)
 
 
 @cache

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import to_builtins
 from msgspec.structs import replace
 
-from fedeq_edge.backends import build_graph, open_backend
+from fedeq_edge.backends import build_graph
 from fedeq_edge.consensus.methods import METHODS
 from fedeq_edge.data.npz import save_client
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.errors import ConfigError, ExportError
+from fedeq_edge.errors import ConfigError
 from fedeq_edge.training import exchange
 from fedeq_edge.training.step import BackendName, LocalResult, Personal
 from fedeq_edge.wire.chunks import digest
@@ -77,11 +78,6 @@ def test_a_penalty_that_graphs_do_not_know_is_refused_with_the_remedy() -> None:
         backend_of("onnx", RESIDUAL, replace(PLAN, jacobian_penalty=0.5))
 
 
-def test_a_graph_of_another_model_is_refused() -> None:
-    with pytest.raises(ExportError, match="another model"):
-        open_backend("onnx", RESIDUAL, PLAN, graph=build_graph(SPEC))
-
-
 @pytest.mark.parametrize("backend", ["torch", "onnx"])
 def test_parameters_that_are_not_finite_are_refused_by_name(backend: BackendName) -> None:
     theta, head = initial(SPEC, 0)
@@ -118,7 +114,7 @@ class Trainer:
         graph = build_graph(SPEC)
         (self._folder / "training.onnx").write_bytes(graph)
         chosen = exchange.Setup(
-            spec=SPEC,
+            model=to_builtins(SPEC),
             plan=PLAN,
             method=ADMM,
             backend="onnx",
@@ -174,6 +170,23 @@ def test_a_trainer_refuses_a_graph_that_is_not_what_was_announced_before_it_pars
     assert isinstance(reply, exchange.Failed)
     assert "another sha256" in reply.reason
     assert "fetched anew" in reply.reason
+
+
+UNKNOWN = {"cell": "gated", "input_shape": [6], "classes": 3, "width": 8}
+
+
+def test_a_trainer_trains_a_kind_of_model_that_it_does_not_know_by_the_graph_alone(trainer: Trainer) -> None:
+    assert isinstance(trainer.ask(trainer.setup(model=UNKNOWN)), exchange.Ready)
+    assert isinstance(trainer.ask(exchange.Work(task=first_task())), exchange.Done)
+
+
+def test_torch_names_the_kind_of_model_that_it_does_not_know_and_both_remedies(trainer: Trainer) -> None:
+    reply = trainer.ask(trainer.setup(backend="torch", model=UNKNOWN))
+    assert isinstance(reply, exchange.Failed)
+    assert "'gated'" in reply.reason
+    assert "update fedeq-edge" in reply.reason
+    assert 'backend = "onnx"' in reply.reason
+    assert "\n" not in reply.reason
 
 
 def test_a_trainer_that_lacks_the_chosen_library_names_it_and_the_other_one(trainer: Trainer) -> None:

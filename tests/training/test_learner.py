@@ -193,8 +193,11 @@ def test_samples_of_another_shape_are_refused(learner_of: MakeLearner) -> None:
 
 def test_labels_beyond_the_model_are_refused(learner_of: MakeLearner) -> None:
     data = blobs(SPEC)
-    with pytest.raises(ConfigError, match="label 7"):
-        learner_of(data=replaced(data, y_train=np.full_like(data.y_train, 7)))
+    for label in (-1, 3):
+        with pytest.raises(ConfigError, match=f"label {label} is outside the model's 3 classes, 0 to 2"):
+            learner_of(data=replaced(data, y_train=np.append(data.y_train[1:], label)))
+        with pytest.raises(ConfigError, match=f"label {label} is outside"):
+            learner_of(data=replaced(data, y_test=np.append(data.y_test[1:], label)))
 
 
 def test_a_device_without_training_samples_is_refused(learner_of: MakeLearner) -> None:
