@@ -28,7 +28,9 @@ def demo(  # noqa: PLR0917  # typer calls it by name
     x: Annotated[str, typer.Option(help="Array of samples.")] = "x",
     y: Annotated[str, typer.Option(help="Array of labels.")] = "y",
     client: Annotated[str, typer.Option(help="Column that names the client of a row.")] = "client",
-    test: Annotated[str | None, typer.Option(help="Column that marks test rows; every fifth row if not given.")] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Column that marks test rows; split if there, else every fifth row.")
+    ] = None,
     where: Annotated[str | None, typer.Option(help="Boolean column that chooses rows; !name for the others.")] = None,
     classes: Annotated[str | None, typer.Option(help="Labels to keep, such as 0-5 or 0,1,4.")] = None,
     clients: Annotated[int | None, typer.Option(min=1, help="Only the first so many clients.")] = None,

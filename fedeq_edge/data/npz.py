@@ -18,6 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from fedeq_edge.atomic import writing
 from fedeq_edge.errors import DataError
 
 LARGEST_ARRAY_BYTES = 2 << 30
@@ -77,6 +78,42 @@ def save_client(path: Path, data: ClientData) -> None:
         np.savez_compressed(file, x=x, y=y, split=split)
 
 
+def save_columns(path: Path, columns: Mapping[str, NDArray[np.generic]]) -> None:
+    """`path` is an .npz of these arrays, the same bytes for the same arrays, or what it was before.
+
+    Raises DataError for an array that could not be read back, StateError where the disk refuses.
+    """
+    for name, array in columns.items():
+        if array.nbytes > LARGEST_ARRAY_BYTES:
+            raise DataError(
+                f"{path}: array {name!r} would have {array.nbytes} bytes, the limit is {LARGEST_ARRAY_BYTES}; "
+                "take fewer --clients"
+            )
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with writing(path):
+            # Level 1: images hardly shrink further, and level 6 takes three times as long.
+            with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+                for name, array in columns.items():
+                    with file.open(f"{name}.npy", "w", force_zip64=True) as column:
+                        npy.write_array(column, array, allow_pickle=False)
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_text(path: Path, name: str) -> str | None:
+    """The text of an array that is one, such as `provenance`; None where there is no such array."""
+    with _opened(path) as archive:
+        return archive.text(name) if name in archive.names else None
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of the arrays in an .npz."""
+    with _opened(path) as archive:
+        return archive.names
+
+
 def load_fleet(
     path: Path,
     *,
@@ -87,11 +124,14 @@ def load_fleet(
     where: str | None = None,
     classes: str | Sequence[int] | None = None,
     clients: int | None = None,
+    validation: bool = False,
 ) -> dict[str, ClientData]:
     """One client per value of the column `client`, in order of that value, named by it.
 
-    x, y, client, test: names of arrays with one row per sample; test: True or "test" marks test rows (None: every
-    fifth row of a client). where: a boolean column that chooses rows, "!name" the rows where it is false.
+    x, y, client, test: names of arrays with one row per sample; test: True or "test" marks test rows (None: `split`
+    if there is such a column, else every fifth row of a client). validation: for choosing settings; the rows that the
+    test column marks "validation", which else are training rows, are the test part, and its test rows are left out.
+    where: a boolean column that chooses rows, "!name" the rows where it is false.
     classes: labels to keep, as [0, 1, 4] or "0-5" or "0,1,4". Labels become 0 to C-1 in ascending order, over the
     fleet as a whole. clients: the first so many of those that remain.
     """
@@ -99,19 +139,22 @@ def load_fleet(
         stored, labels, ids = archive.samples(x), archive.labels(y), archive.column(client)
         _same_length(path, {x: stored, y: labels, client: ids})
         keep = archive.chosen_rows(where, labels.size)
-        marked = None if test is None else archive.test_rows(test, labels.size)
+        column = test or ("split" if "split" in archive.names else None)
+        marked = None if column is None else archive.test_rows(column, labels.size)
+        if validation:
+            keep &= ~archive.test_rows(column or "split", labels.size)
+            marked = archive.marked_rows(column or "split", labels.size, "validation")
     if classes is not None:
-        keep &= _of_classes(path, labels, _parse_classes(classes))
+        keep &= rows_of_classes(path, labels, parse_classes(classes))
     keep &= np.isin(ids, _first_clients(path, ids[keep], clients))
     kept = np.flatnonzero(keep)
     values, ids = _as_samples(stored[kept]), ids[kept]
     _check_finite(path, x, values, rows=kept)
     ranks = np.unique(labels[kept], return_inverse=True)[1]
     fleet = {}
-    for name in np.unique(ids):
-        mine = np.flatnonzero(ids == name)
+    for name, mine in _rows_by_value(ids):
         tests = _every_fifth(mine.size) if marked is None else marked[kept[mine]]
-        fleet[str(name)] = _client(path, str(name), values[mine], ranks[mine].astype(np.int64), tests)
+        fleet[name] = _client(path, name, values[mine], ranks[mine].astype(np.int64), tests)
     return fleet
 
 
@@ -185,10 +228,22 @@ class _Archive:
             raise DataError(f"{self._path}: array {name!r} has shape {array.shape}; give one value per sample, (N,)")
         return array
 
+    def text(self, name: str) -> str:
+        """The text of an array that is one text."""
+        array = self._read(name)
+        if array.dtype.kind != "U" or array.ndim:
+            raise DataError(f"{self._path}: array {name!r} is {array.dtype} of shape {array.shape}; give one text")
+        return str(array)
+
     def test_rows(self, name: str, rows: int) -> NDArray[np.bool_]:
         """(rows,) bool: a bool column as it is, a text column where it says "test"."""
         column = self._column_of(name, rows, "bU", 'bool, or text with "test"')
         return column == "test" if column.dtype.kind == "U" else column.astype(np.bool_)
+
+    def marked_rows(self, name: str, rows: int, word: str) -> NDArray[np.bool_]:
+        """(rows,) bool: where a text column says `word`."""
+        marked: NDArray[np.bool_] = self._column_of(name, rows, "U", f'text with "{word}"') == word
+        return marked
 
     def chosen_rows(self, where: str | None, rows: int) -> NDArray[np.bool_]:
         """(rows,) bool of a `where` option; all rows without one."""
@@ -270,6 +325,14 @@ def _every_fifth(rows: int) -> NDArray[np.bool_]:
     return marked
 
 
+def _rows_by_value(ids: NDArray[np.generic]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """(value, its ascending rows) in the values' order; sorted once, as there may be thousands of clients."""
+    names, ranks = np.unique(ids, return_inverse=True)
+    order = np.argsort(ranks, kind="stable")
+    edges = np.flatnonzero(np.diff(ranks[order])) + 1
+    return zip(map(str, names), np.split(order, edges), strict=True)
+
+
 def _same_length(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     lengths = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
@@ -287,8 +350,8 @@ def _check_finite(path: Path, name: str, x: NDArray[np.float32], *, rows: NDArra
         )
 
 
-def _parse_classes(classes: str | Sequence[int]) -> list[int]:
-    """Labels of "0-5", "0,1,4", a mixture, or a sequence."""
+def parse_classes(classes: str | Sequence[int]) -> list[int]:
+    """Ascending labels of "0-5", "0,1,4", a mixture, or a sequence. Raises DataError for anything else."""
     if not isinstance(classes, str):
         return sorted(set(classes))
     chosen: set[int] = set()
@@ -303,7 +366,8 @@ def _parse_classes(classes: str | Sequence[int]) -> list[int]:
     return sorted(chosen)
 
 
-def _of_classes(path: Path, labels: NDArray[np.int64], classes: list[int]) -> NDArray[np.bool_]:
+def rows_of_classes(path: Path, labels: NDArray[np.int64], classes: list[int]) -> NDArray[np.bool_]:
+    """(N,) whether a label is one of `classes`. Raises DataError, which names the file, where one does not occur."""
     known = np.unique(labels)
     missing = sorted(set(classes) - set(known.tolist()))
     if missing:

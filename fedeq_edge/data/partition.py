@@ -80,6 +80,30 @@ def dirichlet(y: NDArray[np.integer], clients: int, *, alpha: float, smallest: i
     )
 
 
+def iid(y: NDArray[np.integer], clients: int, *, seed: int) -> list[Indices]:
+    """Each client holds as many samples as any other, or one more, whatever their labels."""
+    if clients < 1:
+        raise DataError(f"{clients} clients; give at least 1")
+    shuffled = np.random.default_rng(seed).permutation(y.size)
+    return [np.sort(part) for part in np.array_split(shuffled, clients)]
+
+
+def alike(y: NDArray[np.integer], held: NDArray[np.integer], *, seed: int) -> list[Indices]:
+    """Each client gets of every label what it already holds of it, in proportion: test samples for its training ones.
+
+    held: (clients, classes) samples. A label that nobody holds goes to nobody.
+    """
+    rng = np.random.default_rng(seed)
+    owner = np.full(y.size, -1, dtype=np.int64)
+    for label in np.flatnonzero(held.sum(axis=0)):
+        rows = rng.permutation(np.flatnonzero(y == label))
+        clients = rng.permutation(len(held))  # or rounding would favour the same ones for each label
+        shares = np.cumsum(held[clients, label])
+        edges = np.rint(shares / shares[-1] * rows.size).astype(np.int64)
+        owner[rows] = np.repeat(clients, np.diff(edges, prepend=0))
+    return [np.flatnonzero(owner == client) for client in range(len(held))]
+
+
 def _draw(y: NDArray[np.integer], clients: int, alpha: float, rng: np.random.Generator) -> list[Indices]:
     owner = np.empty(y.size, dtype=np.int64)
     for label in np.unique(y):

@@ -18,13 +18,14 @@ from typing import Final, Literal, NoReturn
 
 import msgspec
 
+from fedeq_edge.atomic import writing
 from fedeq_edge.errors import Exit, ProvisionError
-from fedeq_edge.storage.files import writing
 
 MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
 _SIGNATURE_BYTES: Final = 64  # Ed25519
 _MANIFEST_LIMIT: Final = 16 * 2**20  # a torch tree of 12,000 files needs 2 MiB
+COMPRESSION = 6  # as of the program gzip; with another one every bundle would be of other bytes
 _FILE_LIMIT: Final = 2**31  # libtorch_cpu.so is 0.4 GiB
 _TAR_END: Final = bytes(2 * tarfile.BLOCKSIZE)
 _CHUNK: Final = 2**20
@@ -93,7 +94,7 @@ def pack(tree: Path, manifest: Manifest, key: Path | None, out: Path) -> None:
     try:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
+            with part.open("wb") as raw, gzip.GzipFile("", "wb", COMPRESSION, raw, mtime=0) as packed:
                 for piece in _stream(tree, manifest, head):
                     packed.write(piece)
             part.replace(out)

@@ -32,10 +32,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedeq_edge.atomic import write_atomically
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.provision import records
 from fedeq_edge.provision.tokens import pin_of
-from fedeq_edge.storage.files import write_atomically
 from fedeq_edge.wire.topics import check_identifier
 
 Clock = Callable[[], float]

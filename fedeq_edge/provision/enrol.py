@@ -26,12 +26,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
+from fedeq_edge.atomic import write_atomically, writing
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.provision import link
 from fedeq_edge.provision.ca import DEVICE_LIFETIME, common_name, issued_at, key_pem, new_key
 from fedeq_edge.provision.reporting import updater_toml
 from fedeq_edge.provision.tokens import Token, pin_of
-from fedeq_edge.storage.files import write_atomically, writing
 from fedeq_edge.wire.topics import check_identifier
 
 _ENROL: Final = "/.well-known/est/simpleenroll"

@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from fedeq_edge.atomic import write_atomically
 from fedeq_edge.errors import Exit, ProvisionError
 from fedeq_edge.provision import card
 from fedeq_edge.provision.agentfile import agent_toml, agrees
@@ -21,7 +22,6 @@ from fedeq_edge.provision.targets.image import FOLDER, ImageTarget
 from fedeq_edge.provision.targets.partitions import Ext4, Fat
 from fedeq_edge.provision.targets.rootfs import RootfsTarget
 from fedeq_edge.provision.tokens import Token
-from fedeq_edge.storage.files import write_atomically
 
 _SPARE_BYTES: Final = 2**22  # what cloud-init and status.json write beside ours
 _WANTS: Final = f"etc/systemd/system/multi-user.target.wants/{card.UNIT_NAME}"

@@ -25,13 +25,13 @@ from typing import Any, Final
 import msgspec
 
 from fedeq_edge import orders
+from fedeq_edge.atomic import reading, write_atomically, writing
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.provision import records
 from fedeq_edge.provision.actions import Action, ActionState, Kind, Report
 from fedeq_edge.provision.founding import found
 from fedeq_edge.provision.tokens import LIFETIME_S, Token, Tokens, pin_of
-from fedeq_edge.storage.files import reading, write_atomically, writing
 from fedeq_edge.wire.topics import check_identifier
 
 Clock = Callable[[], float]

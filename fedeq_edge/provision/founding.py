@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from fedeq_edge.storage.files import write_atomically
+from fedeq_edge.atomic import write_atomically
 
 if TYPE_CHECKING:
     from fedeq_edge.provision.fleet import FleetSettings

@@ -46,11 +46,11 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # documented as th
 )
 from tuf.api.serialization import DeserializationError
 
+from fedeq_edge.atomic import sync, write_atomically, writing
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.provision import archive, records
 from fedeq_edge.provision.models import SUFFIXES
 from fedeq_edge.provision.reporting import updater_toml
-from fedeq_edge.storage.files import sync, write_atomically, writing
 
 if TYPE_CHECKING:
     from fedeq_edge.provision.fleet import Fleet

@@ -14,11 +14,11 @@ from typing import Any, Final
 import msgspec
 import psutil
 
+from fedeq_edge.atomic import write_atomically, writing
 from fedeq_edge.provision.doctor import Here, read_config
 from fedeq_edge.provision.findings import Check, said
 from fedeq_edge.provision.layout import AGENT, UPDATER
 from fedeq_edge.provision.redact import without
-from fedeq_edge.storage.files import write_atomically, writing
 
 _LOG_LINES: Final = 200
 

@@ -15,13 +15,13 @@ from typing import Final, Literal
 
 import msgspec
 
+from fedeq_edge.atomic import locked
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.provision.actions import Action, ActionState, Kind, Progress
 from fedeq_edge.provision.archive import read_manifest
 from fedeq_edge.provision.fleet import Fleet, Heard
 from fedeq_edge.provision.models import SUFFIXES, check_model
 from fedeq_edge.provision.repository import Published, Repository
-from fedeq_edge.storage.files import locked
 
 _LOOK_S: Final = 0.5  # between two looks at what devices have said
 Clock = Callable[[], float]

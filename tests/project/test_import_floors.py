@@ -97,3 +97,9 @@ def test_programs_of_gateways_and_idle_agents_load_no_torch_no_onnxruntime_and_n
     code = f"import sys, fedeq_edge.{module}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_enrolling_loads_no_numpy() -> None:
+    code = "import sys, fedeq_edge.provision.enrol; print({'numpy', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

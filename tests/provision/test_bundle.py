@@ -21,7 +21,7 @@ from fedeq_edge.errors import ConfigError, Exit, ProvisionError
 from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.provision import wheels
 from fedeq_edge.provision.bundle import BundleSpec, build, read_manifest, unpack
-from fedeq_edge.provision.platforms import Platform, platform_of
+from fedeq_edge.provision.platforms import platform_of
 from tests.provision.small_models import personal
 
 pytest.importorskip("uv", reason="uv is not installed (extra fleet)")
@@ -84,25 +84,30 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "a.key", folder / "a.pub"
 
 
+def spec_of(out: Path, house: Path, key: Path) -> BundleSpec:
+    """A bundle of a Raspberry Pi 4 out of those wheels."""
+    platform = platform_of(load_profile("raspberry-pi-4"))
+    return BundleSpec(platform=platform, out=out, key=key, name="pi4", wheelhouse=house)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, house: Path, keys: tuple[Path, Path]) -> Path:
+    """That bundle, for those who look at it alone."""
+    return build(spec_of(tmp_path_factory.mktemp("plain"), house, keys[0]))
+
+
 Build = Callable[..., Path]
 
 
 @pytest.fixture
 def pi4(tmp_path: Path, house: Path, keys: tuple[Path, Path]) -> Build:
-    """Builds a bundle of a Raspberry Pi 4 out of those wheels."""
-
-    def make(platform: Platform | None = None, **changes: object) -> Path:
-        spec = BundleSpec(
-            platform=platform or platform_of(load_profile("raspberry-pi-4")),
-            out=tmp_path / "out", key=keys[0], name="pi4", wheelhouse=house,
-        )  # fmt: skip
-        return build(msgspec.structs.replace(spec, **changes))
-
-    return make
+    """Builds that bundle with changes."""
+    spec = spec_of(tmp_path / "out", house, keys[0])
+    return lambda **changes: build(msgspec.structs.replace(spec, **changes))
 
 
-def test_markers_and_wheels_are_those_of_the_board_and_pins_hold(pi4: Build) -> None:
-    manifest = read_manifest(pi4())
+def test_markers_and_wheels_are_those_of_the_board_and_pins_hold(plain: Path) -> None:
+    manifest = read_manifest(plain)
 
     assert manifest.packages == {
         **PURE, "fedeq-edge": __version__, "numpy": "2.4.6", "onnxruntime": "1.31.1", "cryptography": "50.0.2"
@@ -136,10 +141,9 @@ def test_the_version_changes_with_any_byte(pi4: Build) -> None:
 
 
 def test_what_no_board_needs_is_left_out_and_what_names_this_machine_too(
-    tmp_path: Path, pi4: Build, house: Path
+    tmp_path: Path, plain: Path, house: Path
 ) -> None:
-    bundle = pi4()
-    manifest = unpack_here(bundle, tmp_path)
+    manifest = unpack_here(plain, tmp_path)
 
     assert [name for name in manifest if name.startswith("site/numpy") and "__pycache__" not in name] == [
         "site/numpy-2.4.6.dist-info/METADATA",
@@ -177,8 +181,8 @@ def test_installer_units_launcher_models_and_settings_are_in_their_places(
     assert "site/fedeq_edge/_kit/devices/raspberry-pi-4/profile.toml" in manifest.files
 
 
-def test_the_lock_in_it_names_a_hash_for_each_package_and_no_folder(tmp_path: Path, pi4: Build) -> None:
-    unpack_here(pi4(), tmp_path)
+def test_the_lock_in_it_names_a_hash_for_each_package_and_no_folder(tmp_path: Path, plain: Path) -> None:
+    unpack_here(plain, tmp_path)
     lock = (tmp_path / "unpacked/requirements.txt").read_text()
 
     assert lock.count("==") == len(PURE) + 3
@@ -191,7 +195,7 @@ def test_a_package_without_a_wheel_for_the_board_is_named_and_nothing_is_left(
     tmp_path: Path, pi4: Build, python: str
 ) -> None:
     with pytest.raises(ProvisionError) as raised:
-        pi4(platform_of(load_profile("raspberry-pi-4"), python))
+        pi4(platform=platform_of(load_profile("raspberry-pi-4"), python))
 
     assert raised.value.exit is Exit.FAILED
     assert "numpy" in str(raised.value) or "cryptography" in str(raised.value) or "onnxruntime" in str(raised.value)
@@ -280,8 +284,8 @@ def test_an_installed_wheel_packs_itself_again_as_it_was_built(tmp_path: Path) -
         assert all(first.read(name) == second.read(name) for name in first.namelist())
 
 
-def test_manifest_json_is_canonical(tmp_path: Path, pi4: Build) -> None:
-    unpack_here(pi4(), tmp_path)
+def test_manifest_json_is_canonical(tmp_path: Path, plain: Path) -> None:
+    unpack_here(plain, tmp_path)
     raw = (tmp_path / "unpacked/manifest.json").read_bytes()
 
     assert json.dumps(json.loads(raw), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() == raw

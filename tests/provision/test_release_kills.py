@@ -102,9 +102,9 @@ def test_a_cut_at_any_step_leaves_a_complete_release(
 def test_twenty_kills_at_random_moments_leave_twenty_running_releases(tmp_path: Path) -> None:
     board = FakeBoard(tmp_path)
     rng = random.Random(5)
-    megabytes = [rng.randbytes(1 << 20) for _ in range(4)]
+    blocks = [rng.randbytes(1 << 19) for _ in range(4)]
     old = bundle(tmp_path, "v1")
-    new = bundle(tmp_path, "v2", ballast=[block[number:] for number in range(10) for block in megabytes])
+    new = bundle(tmp_path, "v2", ballast=[block[number:] for number in range(10) for block in blocks])
     board.install(old)
     template = tmp_path / "template"
     shutil.copytree(board.root, template, symlinks=True)

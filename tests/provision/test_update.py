@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,18 +25,6 @@ from tests.provision.update_fleet import DAY_S, NOW, Killed, Member, Plant
 
 OWN = "pi-01"
 HOUR_S = 3600.0
-
-
-@pytest.fixture
-def plant(tmp_path: Path) -> Iterator[Plant]:
-    """A fleet for one test, to be maltreated."""
-    with Plant(tmp_path).serving() as made:
-        yield made
-
-
-@pytest.fixture
-def member(plant: Plant) -> Member:
-    return plant.board(OWN)
 
 
 def tell(plant: Plant, device: str, bundle: Path) -> tuple[Action, Published]:

@@ -23,17 +23,6 @@ OWN = "pi-01"
 HEAVY = {"numpy", "cryptography", "tuf", "urllib3", "typer", "rich", "psutil", "torch", "onnxruntime"}
 
 
-@pytest.fixture
-def plant(tmp_path: Path) -> Iterator[Plant]:
-    with Plant(tmp_path).serving() as made:
-        yield made
-
-
-@pytest.fixture
-def member(plant: Plant) -> Member:
-    return plant.board(OWN)
-
-
 @contextlib.contextmanager
 def running(member: Member) -> Iterator[subprocess.Popen[str]]:
     """`python -m fedeq_edge.updater`, as the unit starts it."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,16 +13,16 @@ from fedeq_edge.provision import archive, enrol
 from fedeq_edge.provision.archive import Cpu, Manifest
 from fedeq_edge.provision.ca import Authority
 from fedeq_edge.provision.fleet import Fleet, FleetSettings
-from fedeq_edge.provision.reporting import Board, Task
+from fedeq_edge.provision.reporting import Board, Task, updater_toml
 from fedeq_edge.provision.service import Desk, Service
 from fedeq_edge.provision.updater import Updater
-from tests.provision.release_board import INSTALLER, FakeBoard, files_of
+from tests.provision.release_board import INSTALLER, FakeBoard, files_of, hasty
 
 NOW = 1_800_000_000.0
 DAY_S = 86_400.0
 PROFILE = "x86-64"
-# a release is watched for seconds after READY; here nothing happens in them
-HASTY = INSTALLER.read_bytes().replace(b"default=3.0", b"default=0.0")
+STOCK = ("pi-01", *(f"pi-{number}" for number in range(1, 6)))
+HASTY = hasty(INSTALLER.read_bytes())
 
 
 class Time:
@@ -39,15 +40,33 @@ class Killed(BaseException):
 
 
 class Plant:
-    """A fleet in a folder, its service running; boards are made by `board`."""
+    """A fleet in a folder, its service running; boards are made by `board`.
 
-    def __init__(self, folder: Path) -> None:
+    stock: made by `stocked`; the fleet and its boards are copies of those, where there are such. Else they are new.
+    """
+
+    def __init__(self, folder: Path, stock: Path | None = None) -> None:
         self.clock = Time()
         self.folder = folder
-        settings = FleetSettings(name="plant", broker="mqtts://g", service="https://g", federation="plant")
-        self.fleet = Fleet.init(folder / "fleet", settings, ["127.0.0.1"], clock=self.clock)
+        self.stock = stock
+        if stock is None:
+            settings = FleetSettings(name="plant", broker="mqtts://g", service="https://g", federation="plant")
+            self.fleet = Fleet.init(folder / "fleet", settings, ["127.0.0.1"], clock=self.clock)
+        else:
+            shutil.copytree(stock / "fleet", folder / "fleet")
+            self.fleet = Fleet.open(folder / "fleet", self.clock)
         self.tuf = self.fleet.folder / "tuf"
         self.url = ""
+
+    @classmethod
+    def stocked(cls, folder: Path) -> Path:
+        """The folder has a fleet without devices, and a board for each name in STOCK, enrolled in it."""
+        with cls(folder).serving() as plant:
+            nobody = (plant.fleet.folder / "fleet.toml").read_bytes()
+            for device in STOCK:
+                plant.board(device)
+            (plant.fleet.folder / "fleet.toml").write_bytes(nobody)
+        return folder
 
     @contextlib.contextmanager
     def serving(self) -> Iterator["Plant"]:
@@ -66,9 +85,10 @@ class Plant:
         """A board of this fleet, enrolled, on which release 1.0+a runs."""
         self.fleet.add(device, PROFILE)
         made = Member(self, device)
-        with made.environment():
-            status, _, line = made.fake.install(self.bundle("1.0+a"))
-        assert status == 0, line
+        if self.stock is not None and (self.stock / device).exists():
+            made.copy(self.stock / device)
+        else:
+            made.enrol()
         return made
 
     def bundle(self, version: str, health: str = "ok", profile: str = PROFILE) -> Path:
@@ -106,12 +126,25 @@ class Member:
         folder = plant.folder / device
         folder.mkdir()
         self.fake = FakeBoard(folder)
-        (self.fake.base / "release.py").write_bytes(HASTY)
-        (self.fake.base / "bundle.pub").write_bytes((plant.fleet.folder / "keys" / "bundle.pub").read_bytes())
         self.board = Board(self.fake.root)
-        enrol.enrol(plant.url, str(plant.fleet.issue_token(device)), self.board.identity, device)
         self.clock = Time()
         self.steps: list[str] = []
+
+    def enrol(self) -> None:
+        """It is enrolled by a token, and release 1.0+a runs on it."""
+        (self.fake.base / "release.py").write_bytes(HASTY)
+        (self.fake.base / "bundle.pub").write_bytes((self.plant.fleet.folder / "keys" / "bundle.pub").read_bytes())
+        token = str(self.plant.fleet.issue_token(self.device))
+        enrol.enrol(self.plant.url, token, self.board.identity, self.device)
+        with self.environment():
+            status, _, line = self.fake.install(self.plant.bundle("1.0+a"))
+        assert status == 0, line
+
+    def copy(self, stocked: Path) -> None:
+        """It is as this board is, and knows the plant's service."""
+        for folder in (self.fake.root, self.fake.scripts):
+            shutil.copytree(stocked / folder.name, folder, symlinks=True, dirs_exist_ok=True)
+        (self.board.identity / "updater.toml").write_bytes(updater_toml(self.plant.url))
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:

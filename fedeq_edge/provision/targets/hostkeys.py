@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedeq_edge.atomic import write_atomically
 from fedeq_edge.errors import Exit, ProvisionError
-from fedeq_edge.storage.files import write_atomically
 
 if TYPE_CHECKING:
     import asyncssh

@@ -1,7 +1,9 @@
 """A board that needs no root: its tree in a temporary folder, a systemd of four shell scripts, its sshd, and cards."""
 
 import os
+import platform
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +12,8 @@ from pathlib import Path
 import asyncssh
 
 import fedeq_edge
+from fedeq_edge.provision.archive import Cpu, Manifest, entry_of, pack
+from fedeq_edge.provision.fleet import Fleet, FleetSettings
 from fedeq_edge.provision.targets.ssh import Address, SshTarget
 
 BundleMaker = Callable[..., Path]
@@ -34,23 +38,26 @@ SYSTEMCTL = """\
 board=@BOARD@
 echo "$*" >>"$board/calls"
 while case "$1" in --root=*|--no-block) true ;; *) false ;; esac; do shift; done
+read -r pid <"$board/pid"
+read -r active <"$board/active"
 case "$*" in
     *Version*) echo "252 (252.39-1~deb12u1)" ;;
-    *MainPID*) cat "$board/pid" ;;
-    *ActiveState*) echo "ActiveState=$(cat "$board/active")"; echo "InvocationID=$(cat "$board/pid")" ;;
-    is-active*) cat "$board/active" ;;
+    *MainPID*) echo "$pid" ;;
+    *ActiveState*) echo "ActiveState=$active"; echo "InvocationID=$pid" ;;
+    is-active*) echo "$active" ;;
     "restart fedeq-agent.service")
         if [ -e "$board/root/opt/fedeq-edge/current/site/broken" ]; then
             echo failed >"$board/active"
             echo "SolverError: residual 0.3" >>"$board/journal"
             exit 1
         fi
-        pid=$(($(cat "$board/pid") + 1))
+        pid=$((pid + 1))
         echo $pid >"$board/pid"
         echo active >"$board/active"
-        mkdir -p "$board/root/var/lib/fedeq-edge/state"
-        printf '{"pid": %s, "broker": "%s"}' $pid "$(cat "$board/broker")" \\
-            >"$board/root/var/lib/fedeq-edge/state/status.json" ;;
+        state=$board/root/var/lib/fedeq-edge/state
+        [ -d "$state" ] || mkdir -p "$state"
+        read -r broker <"$board/broker"
+        printf '{"pid": %s, "broker": "%s"}' "$pid" "$broker" >"$state/status.json" ;;
 esac
 """
 SYSTEMD_RUN = """\
@@ -119,6 +126,76 @@ class Server:
         return f"[127.0.0.1]:{self.port} {self.key.export_public_key('openssh').decode()}"
 
 
+def laid(home: Path) -> Board:
+    """A bare board in a new folder."""
+    made = Board(home)
+    for folder in ("root/opt", "root/etc", "root/usr", "root/var/lib/fedeq-edge", "bin"):
+        (made.home / folder).mkdir(parents=True)
+    for name, content in (
+        ("pid", "100"),
+        ("active", "inactive"),
+        ("broker", "connected"),
+        ("journal", ""),
+        ("calls", ""),
+    ):
+        (made.home / name).write_text(content)
+    (made.root / "var/lib/fedeq-edge/data.npz").write_bytes(b"samples")
+    made.program("systemctl", SYSTEMCTL)
+    made.program("systemd-run", SYSTEMD_RUN)
+    made.program("journalctl", JOURNALCTL)
+    return made
+
+
+def founded(folder: Path) -> Fleet:
+    """A fleet with one device in a new folder."""
+    settings = FleetSettings(
+        name="plant", broker="mqtts://gateway:8883", service="https://gateway:8443", federation="plant"
+    )
+    made = Fleet.init(folder, settings, ["gateway", "127.0.0.1"])
+    made.add(DEVICE, "x86-64")
+    return made
+
+
+def built(
+    fleet: Fleet,
+    version: str,
+    *,
+    whole: bool = False,
+    broken: bool = False,
+    profile: str = "x86-64",
+    architecture: str = "",
+    python: str = "",
+) -> Path:
+    """A signed bundle. whole: its `fedeq` is the command line under test; else what a board needs of it, quicker."""
+    tree = fleet.folder.parent / f"tree-{version}"
+    for name in ("bin", "units", "site"):
+        (tree / name).mkdir(parents=True)
+    package = Path(fedeq_edge.__file__).parent.parent
+    program = "-m fedeq_edge" if whole else f"{package}/tests/provision/flash/small_fedeq.py"
+    launcher = f'#!/bin/sh\nPYTHONPATH={package} exec {sys.executable} {program} "$@"\n'
+    (tree / "bin/fedeq").write_text(launcher)
+    (tree / "release.py").write_bytes(INSTALLER.read_bytes())
+    (tree / "units/fedeq-agent.service").write_text("[Service]\nExecStart=/bin/true\n")
+    (tree / "site/version").write_text(version)
+    if broken:
+        (tree / "site/broken").touch()
+    paths = [path for path in tree.rglob("*") if path.is_file()]
+    modes = {path: 0o755 if path.parent.name == "bin" else 0o644 for path in paths}
+    manifest = Manifest(
+        version=version,
+        profile=profile,
+        architecture=architecture or platform.machine(),
+        python=python or PYTHON,
+        glibc="2.17",
+        cpu=Cpu(part="", qemu=""),
+        packages={},
+        files={path.relative_to(tree).as_posix(): entry_of(path, mode) for path, mode in modes.items()},
+    )
+    out = fleet.folder / "bundles" / f"{version}.tar.gz"
+    pack(tree, manifest, fleet.folder / "keys/bundle.key", out)
+    return out
+
+
 def system(root: Path, *, machine: int = 183) -> None:
     """The few files by which a Debian 12 for this e_machine is known."""
     lib = root / "usr/lib/aarch64-linux-gnu"
@@ -152,3 +229,29 @@ class Card:
         command = ["mcopy", "-s", "-i", f"{self.path}@@{BOOT_AT}", "::/fedeq", str(folder)]
         subprocess.run(command, check=True, capture_output=True)
         return folder / "fedeq"
+
+
+def prepared(folder: Path, *, cloud: bool, raspberry: bool, mark: str, machine: int) -> Card:
+    """The image of a card, made in a new folder."""
+    card, root = Card(folder / "card.img"), folder / "card-root"
+    system(root, machine=machine)
+    (root / "opt").mkdir()
+    if cloud:
+        (root / "usr/bin/cloud-init").touch()
+    if mark:
+        (root / mark).parent.mkdir(parents=True)
+        (root / mark).touch()
+    with card.path.open("wb") as image:
+        image.truncate(80 << 20)
+    table = "label: dos\n8192,65536,c,*\n73728,,83\n"
+    subprocess.run(["sfdisk", "-q", str(card.path)], input=table.encode(), check=True)
+    fat = ["mformat", "-i", f"{card.path}@@{BOOT_AT}", "-T", "65536", "-h", "4", "-s", "16", "::"]
+    subprocess.run(fat, check=True)
+    ext = ["mke2fs", "-q", "-t", "ext4", "-d", str(root), "-E", f"offset={ROOT_AT}", str(card.path), "40M"]
+    subprocess.run(ext, check=True, capture_output=True)
+    if raspberry:
+        card.put("cmdline.txt", CMDLINE)
+    if raspberry and cloud:
+        card.put("user-data", USER_DATA)
+        card.put("meta-data", b"instance-id: rpi\n")
+    return card

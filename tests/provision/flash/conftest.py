@@ -2,13 +2,12 @@
 
 import asyncio
 import contextlib
+import functools
 import os
-import platform
 import shutil
 import signal
 import stat
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -17,60 +16,68 @@ from typing import Any
 import asyncssh
 import pytest
 
-import fedeq_edge
-from fedeq_edge.provision.archive import Cpu, Manifest, entry_of, pack
+from fedeq_edge.provision import flash_board
 from fedeq_edge.provision.ca import Authority
-from fedeq_edge.provision.fleet import Fleet, FleetSettings
+from fedeq_edge.provision.flash import flash, prepare
+from fedeq_edge.provision.fleet import Fleet
+from fedeq_edge.provision.targets.local import LocalTarget
 from fedeq_edge.provision.targets.ssh import SshTarget
 from tests.provision.flash.board import (
-    BOOT_AT,
-    CMDLINE,
     DEVICE,
-    INSTALLER,
-    JOURNALCTL,
-    PYTHON,
-    ROOT_AT,
-    SYSTEMCTL,
-    SYSTEMD_RUN,
-    USER_DATA,
     Board,
     BundleMaker,
     Card,
     CardMaker,
     Reach,
     Server,
-    system,
+    built,
+    founded,
+    laid,
+    prepared,
 )
 
 
 @pytest.fixture
 def board(tmp_path: Path) -> Board:
-    made = Board(tmp_path / "board")
-    for folder in ("root/opt", "root/etc", "root/usr", "root/var/lib/fedeq-edge", "bin"):
-        (made.home / folder).mkdir(parents=True)
-    for name, content in (
-        ("pid", "100"),
-        ("active", "inactive"),
-        ("broker", "connected"),
-        ("journal", ""),
-        ("calls", ""),
-    ):
-        (made.home / name).write_text(content)
-    (made.root / "var/lib/fedeq-edge/data.npz").write_bytes(b"samples")
-    made.program("systemctl", SYSTEMCTL)
-    made.program("systemd-run", SYSTEMD_RUN)
-    made.program("journalctl", JOURNALCTL)
-    return made
+    return laid(tmp_path / "board")
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a fleet whose device was not flashed: what `fleet` is a copy of."""
+    return founded(tmp_path_factory.mktemp("bare") / "fleet").folder.parent
+
+
+@pytest.fixture(scope="session")
+def ready(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same fleet after 1.0 was flashed, and the board: what `running` is a copy of."""
+    folder = tmp_path_factory.mktemp("ready")
+    shutil.copytree(bare, folder, dirs_exist_ok=True)
+    fleet, board = Fleet.open(folder / "fleet"), laid(folder / "board")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash_board, "TRIAL_S", 0.0)
+        patch.setenv("PATH", board.environment["PATH"])
+        target = LocalTarget(root=str(board.root))
+        plan = prepare(target, fleet, DEVICE, built(fleet, "1.0"))
+        flash(target, fleet, plan, sign=lambda: Authority.open(fleet.folder / "ca"))
+    return folder
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Fleet:
-    settings = FleetSettings(
-        name="plant", broker="mqtts://gateway:8883", service="https://gateway:8443", federation="plant"
-    )
-    made = Fleet.init(tmp_path / "fleet", settings, ["gateway", "127.0.0.1"])
-    made.add(DEVICE, "x86-64")
-    return made
+def fleet(bare: Path, tmp_path: Path) -> Fleet:
+    """A fleet for one test, to be maltreated."""
+    shutil.copytree(bare / "fleet", tmp_path / "fleet")
+    return Fleet.open(tmp_path / "fleet")
+
+
+@pytest.fixture
+def running(ready: Path, fleet: Fleet, board: Board) -> Path:
+    """The bundle 1.0, which the board runs; it is enrolled in the fleet."""
+    shutil.copytree(ready / "fleet", fleet.folder, dirs_exist_ok=True)
+    for part in [path for path in (ready / "board").iterdir() if path.is_file()]:
+        shutil.copyfile(part, board.home / part.name)
+    shutil.copytree(ready / "board/root", board.root, symlinks=True, dirs_exist_ok=True)
+    return fleet.folder / "bundles/1.0.tar.gz"
 
 
 @pytest.fixture
@@ -79,47 +86,8 @@ def sign(fleet: Fleet) -> Callable[[], Authority]:
 
 
 @pytest.fixture
-def make_bundle(tmp_path: Path, fleet: Fleet) -> BundleMaker:
-    """A signed bundle. whole: its `fedeq` is the command line under test; else what a board needs of it, quicker."""
-
-    def make(
-        version: str,
-        *,
-        whole: bool = False,
-        broken: bool = False,
-        profile: str = "x86-64",
-        architecture: str = "",
-        python: str = "",
-    ) -> Path:
-        tree = tmp_path / f"tree-{version}"
-        for name in ("bin", "units", "site"):
-            (tree / name).mkdir(parents=True)
-        package = Path(fedeq_edge.__file__).parent.parent
-        program = "-m fedeq_edge" if whole else f"{package}/tests/provision/flash/small_fedeq.py"
-        launcher = f'#!/bin/sh\nPYTHONPATH={package} exec {sys.executable} {program} "$@"\n'
-        (tree / "bin/fedeq").write_text(launcher)
-        (tree / "release.py").write_bytes(INSTALLER.read_bytes())
-        (tree / "units/fedeq-agent.service").write_text("[Service]\nExecStart=/bin/true\n")
-        (tree / "site/version").write_text(version)
-        if broken:
-            (tree / "site/broken").touch()
-        paths = [path for path in tree.rglob("*") if path.is_file()]
-        modes = {path: 0o755 if path.parent.name == "bin" else 0o644 for path in paths}
-        manifest = Manifest(
-            version=version,
-            profile=profile,
-            architecture=architecture or platform.machine(),
-            python=python or PYTHON,
-            glibc="2.17",
-            cpu=Cpu(part="", qemu=""),
-            packages={},
-            files={path.relative_to(tree).as_posix(): entry_of(path, mode) for path, mode in modes.items()},
-        )
-        out = fleet.folder / "bundles" / f"{version}.tar.gz"
-        pack(tree, manifest, fleet.folder / "keys/bundle.key", out)
-        return out
-
-    return make
+def make_bundle(fleet: Fleet) -> BundleMaker:
+    return functools.partial(built, fleet)
 
 
 @pytest.fixture
@@ -128,34 +96,27 @@ def arm(make_bundle: BundleMaker, fleet: Fleet) -> Path:
     return make_bundle("1.0", profile="raspberry-pi-4", architecture="aarch64", python="3.11")
 
 
+@pytest.fixture(scope="session")
+def cards(tmp_path_factory: pytest.TempPathFactory) -> CardMaker:
+    """Cards that nobody writes to; the same for the same words."""
+
+    @functools.cache
+    def make(cloud: bool, raspberry: bool, mark: str, machine: int) -> Card:
+        folder = tmp_path_factory.mktemp("card")
+        return prepared(folder, cloud=cloud, raspberry=raspberry, mark=mark, machine=machine)
+
+    return make
+
+
 @pytest.fixture
-def make_card(tmp_path: Path) -> CardMaker:
+def make_card(tmp_path: Path, cards: CardMaker) -> CardMaker:
     missing = [tool for tool in ("sfdisk", "mcopy", "mformat", "debugfs", "mke2fs") if not shutil.which(tool)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: fdisk mtools e2fsprogs)")
 
     def make(*, cloud: bool = True, raspberry: bool = True, mark: str = "", machine: int = 183) -> Card:
-        card, root = Card(tmp_path / "card.img"), tmp_path / "card-root"
-        system(root, machine=machine)
-        (root / "opt").mkdir()
-        if cloud:
-            (root / "usr/bin/cloud-init").touch()
-        if mark:
-            (root / mark).parent.mkdir(parents=True)
-            (root / mark).touch()
-        with card.path.open("wb") as image:
-            image.truncate(80 << 20)
-        table = "label: dos\n8192,65536,c,*\n73728,,83\n"
-        subprocess.run(["sfdisk", "-q", str(card.path)], input=table.encode(), check=True)
-        fat = ["mformat", "-i", f"{card.path}@@{BOOT_AT}", "-T", "65536", "-h", "4", "-s", "16", "::"]
-        subprocess.run(fat, check=True)
-        ext = ["mke2fs", "-q", "-t", "ext4", "-d", str(root), "-E", f"offset={ROOT_AT}", str(card.path), "40M"]
-        subprocess.run(ext, check=True, capture_output=True)
-        if raspberry:
-            card.put("cmdline.txt", CMDLINE)
-        if raspberry and cloud:
-            card.put("user-data", USER_DATA)
-            card.put("meta-data", b"instance-id: rpi\n")
+        card = Card(tmp_path / "card.img")
+        subprocess.run(["cp", "--sparse=always", cards(cloud, raspberry, mark, machine).path, card.path], check=True)
         return card
 
     return make

@@ -61,21 +61,18 @@ def test_nothing_of_the_upload_is_left(flash_it: Flash, make_bundle: BundleMaker
     assert left <= {"releases", "current", "state.json", "lock", "release.py", "bundle.pub"}
 
 
-def test_the_same_bundle_again_changes_nothing_and_is_checked(
-    flash_it: Flash, make_bundle: BundleMaker, board: Board
-) -> None:
-    bundle = make_bundle("1.0")
-    flash_it(bundle)
+def test_the_same_bundle_again_changes_nothing_and_is_checked(flash_it: Flash, running: Path, board: Board) -> None:
     before, key = board.restarts(), (identity(board) / "device.key").read_bytes()
-    done = flash_it(bundle)
+    done = flash_it(running)
     assert not done.changed
     assert [step.name for step in done.steps] == ["heartbeat"]
     assert board.restarts() == before
     assert (identity(board) / "device.key").read_bytes() == key
 
 
-def test_another_release_keeps_identity_and_settings(flash_it: Flash, make_bundle: BundleMaker, board: Board) -> None:
-    flash_it(make_bundle("1.0"))
+def test_another_release_keeps_identity_and_settings(
+    running: Path, flash_it: Flash, make_bundle: BundleMaker, board: Board
+) -> None:
     settings = identity(board) / "agent.toml"
     settings.write_text(settings.read_text().replace("data =", "trainer_idle_s = 5.0\ndata ="))
     before = {path.name: path.read_bytes() for path in identity(board).iterdir()}
@@ -85,24 +82,19 @@ def test_another_release_keeps_identity_and_settings(flash_it: Flash, make_bundl
     assert {path.name: path.read_bytes() for path in identity(board).iterdir()} == before
 
 
-def test_settings_of_another_broker_are_replaced_and_kept_beside(
-    flash_it: Flash, make_bundle: BundleMaker, board: Board
-) -> None:
-    bundle = make_bundle("1.0")
-    flash_it(bundle)
+def test_settings_of_another_broker_are_replaced_and_kept_beside(running: Path, flash_it: Flash, board: Board) -> None:
     settings, before = identity(board) / "agent.toml", board.restarts()
     old = settings.read_text().replace("gateway:8883", "elsewhere:8883")
     settings.write_text(old)
-    assert flash_it(bundle).changed
+    assert flash_it(running).changed
     assert "gateway:8883" in settings.read_text()
     assert (identity(board) / "agent.toml.old").read_text() == old
     assert board.restarts() == before + 1
 
 
 def test_a_release_that_does_not_start_is_rolled_back_with_its_last_words(
-    flash_it: Flash, make_bundle: BundleMaker, board: Board
+    running: Path, flash_it: Flash, make_bundle: BundleMaker, board: Board
 ) -> None:
-    flash_it(make_bundle("1.0"))
     with pytest.raises(ProvisionError, match="SolverError: residual") as caught:
         flash_it(make_bundle("2.0", broken=True))
     assert caught.value.exit == Exit.ROLLED_BACK
@@ -110,10 +102,7 @@ def test_a_release_that_does_not_start_is_rolled_back_with_its_last_words(
     assert (board.home / "active").read_text().strip() == "active"
 
 
-def test_a_broker_that_does_not_answer_is_said_and_the_release_stays(
-    flash_it: Flash, reach: Reach, make_bundle: BundleMaker, board: Board, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flash_it(make_bundle("1.0"))
+def test_a_broker_that_does_not_answer_is_said_and_the_release_stays(running: Path, reach: Reach, board: Board) -> None:
     (board.home / "broker").write_text("connection refused")
     (board.home / "journal").write_text("broker gateway:8883 refused\n")
     target = reach()
@@ -125,10 +114,7 @@ def test_a_broker_that_does_not_answer_is_said_and_the_release_stays(
     assert board.current() == "1.0"
 
 
-def test_the_status_of_an_agent_that_ran_before_is_no_heartbeat(
-    flash_it: Flash, reach: Reach, make_bundle: BundleMaker, board: Board
-) -> None:
-    flash_it(make_bundle("1.0"))
+def test_the_status_of_an_agent_that_ran_before_is_no_heartbeat(running: Path, reach: Reach, board: Board) -> None:
     (board.home / "pid").write_text("999")
     with pytest.raises(ProvisionError, match="no word"):
         check_heartbeat(reach(), "1.0", seconds=0.3)
@@ -151,9 +137,8 @@ def test_a_connection_that_goes_half_way_leaves_what_ran_and_the_next_flash_ends
 
 
 def test_an_installation_goes_on_where_the_connection_went(
-    flash_it: Flash, make_bundle: BundleMaker, board: Board
+    running: Path, flash_it: Flash, make_bundle: BundleMaker, board: Board
 ) -> None:
-    flash_it(make_bundle("1.0"))
     board.drop = "systemd-run"
     second = make_bundle("2.0")
     with pytest.raises(ProvisionError) as caught:
@@ -199,15 +184,11 @@ def test_a_tampered_bundle_is_refused_before_anything_is_sent(
     assert caught.value.exit == Exit.VERIFICATION
 
 
-def test_a_board_of_another_device_is_not_made_this_one(
-    flash_it: Flash, make_bundle: BundleMaker, board: Board, fleet: Fleet
-) -> None:
-    bundle = make_bundle("1.0")
-    flash_it(bundle)
+def test_a_board_of_another_device_is_not_made_this_one(running: Path, flash_it: Flash, board: Board) -> None:
     settings = identity(board) / "agent.toml"
     settings.write_text(settings.read_text().replace(DEVICE, "box-02"))
     with pytest.raises(ProvisionError, match="device box-02, not box-01") as caught:
-        flash_it(bundle)
+        flash_it(running)
     assert caught.value.exit == Exit.MISUSED
 
 
@@ -224,51 +205,41 @@ def test_a_board_without_data_is_refused_with_the_option(
     assert there.read_bytes() == b"mine"
 
 
-def test_a_revoked_certificate_is_made_anew(
-    flash_it: Flash, make_bundle: BundleMaker, board: Board, fleet: Fleet
-) -> None:
-    bundle = make_bundle("1.0")
-    flash_it(bundle)
+def test_a_revoked_certificate_is_made_anew(running: Path, flash_it: Flash, board: Board, fleet: Fleet) -> None:
     old = (identity(board) / "device.crt").read_bytes()
     fleet.revoke(DEVICE)
     restarts = board.restarts()
     with pytest.raises(ProvisionError, match=r"was revoked on .*fedeq fleet add"):
-        flash_it(bundle)
+        flash_it(running)
     assert board.restarts() == restarts
     fleet.add(DEVICE, "x86-64")
-    done = flash_it(bundle)
+    done = flash_it(running)
     assert "enrol" in [step.name for step in done.steps]
     assert (identity(board) / "device.crt").read_bytes() != old
 
 
 def test_a_board_is_told_at_the_next_flash_where_the_service_has_moved(
-    flash_it: Flash, make_bundle: BundleMaker, board: Board, fleet: Fleet
+    running: Path, flash_it: Flash, board: Board, fleet: Fleet
 ) -> None:
-    bundle = make_bundle("1.0")
-    flash_it(bundle)
     text = (fleet.folder / "fleet.toml").read_text()
     (fleet.folder / "fleet.toml").write_text(text.replace("https://gateway:8443", "https://elsewhere:8443"))
     before = board.restarts()
-    assert [step.name for step in flash_it(bundle).steps] == ["service", "heartbeat"]
+    assert [step.name for step in flash_it(running).steps] == ["service", "heartbeat"]
     assert (identity(board) / "updater.toml").read_text() == 'service = "https://elsewhere:8443"\n'
     assert "try-restart fedeq-updater.service" in (board.home / "calls").read_text()
     assert board.restarts() == before
-    assert not flash_it(bundle).changed
+    assert not flash_it(running).changed
 
 
 def test_rolling_back_goes_to_the_release_before(
-    flash_it: Flash, reach: Reach, make_bundle: BundleMaker, board: Board
+    running: Path, flash_it: Flash, reach: Reach, make_bundle: BundleMaker, board: Board
 ) -> None:
-    flash_it(make_bundle("1.0"))
     flash_it(make_bundle("2.0"))
     assert roll_back(reach()) == "1.0"
     assert board.current() == "1.0"
 
 
-def test_rolling_back_without_an_earlier_release_is_refused(
-    flash_it: Flash, reach: Reach, make_bundle: BundleMaker, board: Board
-) -> None:
-    flash_it(make_bundle("1.0"))
+def test_rolling_back_without_an_earlier_release_is_refused(running: Path, reach: Reach, board: Board) -> None:
     with pytest.raises(ProvisionError):
         roll_back(reach())
     assert board.current() == "1.0"
