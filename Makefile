@@ -42,7 +42,7 @@ test: $(INSTALLED) mosquitto ## Run all tests, a process per core
 test-devices: $(INSTALLED) mosquitto boards ## Boot boards here, flash and update them, cut their power: needs root
 	$(BIN)/python -m pytest -m devices tests/devices -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=10
 
-test-runners: $(INSTALLED) ## Run export/ in node, C++ and a browser: npm, g++, chromium; fetches 600 MB once
+test-runners: $(INSTALLED) ## Run export/ in node, C++, a browser and the oldest onnxruntime: npm, g++, chromium; fetches 700 MB once
 	$(BIN)/python -m pytest -m runners tests/export --durations=10
 
 lint: $(INSTALLED) ## Check format, lint and types

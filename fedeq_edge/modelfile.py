@@ -7,7 +7,8 @@ import msgspec
 
 from fedeq_edge import storage
 from fedeq_edge.deq.spec import ModelSpec, read_spec
-from fedeq_edge.errors import ConfigError
+from fedeq_edge.errors import ConfigError, StateError
+from fedeq_edge.modelform import form
 from fedeq_edge.training.step import Budget, Vector
 
 
@@ -41,8 +42,21 @@ def write(path: Path, model: ModelFile) -> None:
 
 
 def read(path: Path) -> ModelFile:
-    """The model in `path`. Raises ConfigError where there is none, StateError where it is damaged."""
-    model = storage.load(path, ModelFile)
+    """The model in `path`. Raises ConfigError where there is none or another file, StateError where it is damaged."""
+    if form(path) == "onnx":
+        raise ConfigError(
+            f"{path} is an ONNX file, and this needs the personal.fedeq that it was exported from; fedeq model "
+            "inspect, infer and bench take both"
+        )
+    try:
+        model = storage.load(path, ModelFile)
+    except StateError as error:
+        if not isinstance(error.__cause__, msgspec.ValidationError):
+            raise
+        raise ConfigError(
+            f"{path} is whole, but no personal model of this version ({error.__cause__}); name the personal.fedeq of a "
+            "state folder"
+        ) from error
     if model is None:
         raise ConfigError(f"model file {path} does not exist; a device writes it as personal.fedeq in its state folder")
     return model

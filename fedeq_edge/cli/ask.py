@@ -10,6 +10,7 @@ from fedeq_edge import modelfile
 from fedeq_edge.data.npz import load_client
 from fedeq_edge.deq.numeric import NumpyDEQ
 from fedeq_edge.errors import ConfigError
+from fedeq_edge.modelform import form
 from fedeq_edge.onnx.recipe import load_recipe
 from fedeq_edge.training.curve import Engine, Samples
 
@@ -33,11 +34,11 @@ def test_part(path: Path) -> tuple[Samples, NDArray[np.int64]]:
 
 
 def ask(path: Path, x: Samples, *, budget: int | None, tol: float | None) -> Answer:
-    """Answers for x (B, *input_shape): of an .onnx file by onnxruntime, of a .fedeq file by numpy if dense, or torch.
+    """Answers for x (B, *input_shape): of an ONNX file by onnxruntime, of a .fedeq file by numpy if dense, or torch.
 
     budget: most evaluations per sample, tol: residual at which one stops (0: never); None: the file's own.
     """
-    return (_ask_exported if path.suffix == ".onnx" else _ask_personal)(path, x, budget, tol)
+    return (_ask_exported if form(path) == "onnx" else _ask_personal)(path, x, budget, tol)
 
 
 def torch_engine(found: modelfile.ModelFile) -> Engine:

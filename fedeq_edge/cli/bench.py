@@ -23,6 +23,7 @@ from fedeq_edge.deq.certificate import Certificate, Rate
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.deq.wellposed import rate
 from fedeq_edge.errors import ConfigError
+from fedeq_edge.modelform import form
 from fedeq_edge.report.curve import Subject, drawing, page
 from fedeq_edge.report.page import template
 from fedeq_edge.storage import finite, write_atomically
@@ -54,7 +55,8 @@ def bench(
     sizes = _parse(budgets)
     draw = None if out is None else _drawer(out)
     with tempfile.TemporaryDirectory(prefix="fedeq-bench-") as folder:
-        asked = _exported(model) if model.suffix == ".onnx" else _personal(model, Path(folder), compiled=compiled)
+        exported = form(model) == "onnx"
+        asked = _exported(model) if exported else _personal(model, Path(folder), compiled=compiled)
         x, y = (noise(asked.spec, np.random.default_rng(0), _NOISE_SAMPLES), None) if data is None else test_part(data)
         curve = asked.measure(x, y, (asked.own,) if asked.fixed else sizes)
         if memory:

@@ -14,9 +14,11 @@ from fedeq_edge import modelfile
 from fedeq_edge.cli import bench
 from fedeq_edge.cli.ask import ask, test_part
 from fedeq_edge.data.npz import load_client
+from fedeq_edge.deq.budget import LARGEST_BUDGET
+from fedeq_edge.modelform import form, spare
+from fedeq_edge.onnx.contract import SOLVER_GRAPH
 from fedeq_edge.onnx.recipe import DEFAULT
 from fedeq_edge.storage import finite
-from fedeq_edge.training.step import LARGEST_BUDGET
 
 app = typer.Typer(
     help="Personal models: look at them, export them, ask them.", no_args_is_help=True, rich_markup_mode=None
@@ -46,6 +48,7 @@ def export(
     from fedeq_edge.onnx.export import export as write_onnx  # noqa: PLC0415  # onnx and torch only where needed
 
     found = modelfile.read(model)
+    spare(out)
     verification = write_onnx(
         found.spec,
         found.theta,
@@ -76,7 +79,7 @@ def inspect(
     model: Annotated[Path, typer.Argument(help="A personal.fedeq or any .onnx file of ours.")], as_json: AsJson = False
 ) -> None:
     """Show what a model file is."""
-    facts = _onnx_facts(model) if model.suffix == ".onnx" else _model_facts(model)
+    facts = _onnx_facts(model) if form(model) == "onnx" else _model_facts(model)
     if as_json:
         typer.echo(json.dumps(finite(facts)))
         return
@@ -107,7 +110,10 @@ def _onnx_facts(path: Path) -> dict[str, object]:
     facts: dict[str, object] = {"kind": found.kind, "bytes": found.size_bytes}
     if found.kind == "inference":
         facts["input_shape"] = found.inputs["x"][1:]
-    return {**facts, "inputs": dict(found.inputs), "outputs": dict(found.outputs), **found.metadata}
+    told = dict(sorted(found.metadata.items()))  # onnxruntime gives them in no order
+    if SOLVER_GRAPH in told:
+        told[SOLVER_GRAPH] = f"a graph of its own, {len(told[SOLVER_GRAPH])} characters"
+    return {**facts, "inputs": dict(found.inputs), "outputs": dict(found.outputs), **told}
 
 
 @app.command(epilog="Example: fedeq model infer personal.fedeq data.npz --budget 4")

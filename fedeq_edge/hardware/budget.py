@@ -16,10 +16,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedeq_edge.deq.budget import LARGEST_BUDGET
 from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.deq.wellposed import adjoint_terms_for, evaluations_for
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.training.step import LARGEST_BUDGET, Budget, Calibration
+from fedeq_edge.training.step import Budget, Calibration
 
 # A fifth of the round's time stays free for evaluation, garbage collection and a neighbour's burst.
 PLANNED_SHARE = 0.8

@@ -13,10 +13,11 @@ from collections.abc import Collection, Mapping
 from onnx import TensorProto, helper, shape_inference
 
 from fedeq_edge.errors import ExportError
+from fedeq_edge.onnx import contract
 from fedeq_edge.onnx.graph import Part
 from fedeq_edge.onnx.rules import Evaluation, Shape, rule_of
 
-OPSET = 18
+OPSET = contract.OPSET
 
 
 class Linearised:

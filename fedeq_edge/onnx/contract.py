@@ -12,8 +12,12 @@ Optimizer = Literal["sgd", "adam"]
 
 SCHEMA_VERSION = "1"
 """Major version of the metadata: a reader knows all files of its own, whatever a minor version (1.1) added."""
+SCHEMA = "fedeq.schema_version"
+"""Metadata that says it, in every file of ours."""
 IR_VERSION = 8
 """Of the files, and the newest that is read: our oldest onnxruntime knows no later one."""
+OPSET = 18
+"""Of the files: in it, ReduceMean and its like take their axes as an input, and nothing here needs a later one."""
 MOMENTS: Mapping[str, tuple[str, ...]] = {"sgd": ("velocity",), "adam": ("first", "second")}
 """What each optimiser remembers between steps: inputs (p + h,), and outputs with `_next` behind the name."""
 FOUND = ("loss", "gradient_norm", "residual", "backward_residual")

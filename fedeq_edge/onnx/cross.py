@@ -7,6 +7,7 @@ ways compute alike is hardly a mistake of either. The exporter needs onnxscript 
 import contextlib
 import copy
 import importlib.util
+import inspect
 import io
 import logging
 import warnings
@@ -22,20 +23,60 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import SMALLEST_NORM
+from fedeq_edge.errors import ExportError
+
+# What to do where the second way itself breaks.
+REMEDY = "report this as a defect, or leave the comparison out with --no-cross-check"
 
 Samples = NDArray[np.float32]
 
 
-def available() -> bool:
-    """Whether torch's exporter has what it needs."""
-    return importlib.util.find_spec("onnxscript") is not None
+class UnsupportedError(Exception):
+    """torch's exporter does not know an operator or a construct of this model; the text says which, in one line."""
+
+
+def missing() -> str | None:
+    """What torch's exporter lacks here, None where it can be asked."""
+    if importlib.util.find_spec("onnxscript") is None:
+        return "onnxscript is not installed"
+    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
+        return f"torch {torch.__version__} has no exporter for loops"
+    return None
 
 
 def second_model(model: DEQ, example: Samples) -> bytes:
     """x (batch, *input_shape), tol (), max_iter () -> logits, evaluations of the batch; any batch size above 1.
 
     The batch stops together, once its worst residual is at tol. example: (B, *input_shape), B >= 2.
+    Raises UnsupportedError where torch has no way to write this model, ExportError where it fails on the way.
     """
+    try:
+        return _written(model, example)
+    except Exception as error:  # whatever happens in there: it must not pass for a comparison that agreed
+        cause = _root(error)
+        if _unsupported(error, cause):
+            raise UnsupportedError(f"torch {torch.__version__} cannot export it ({_told(cause)})") from error
+        raise ExportError(f"torch's own exporter fails ({_told(cause)}); {REMEDY}") from error
+
+
+def _unsupported(error: Exception, cause: BaseException) -> bool:
+    """The exporter says what it does not know by errors of torch's own, and a fault of the model keeps its type."""
+    own = type(cause).__module__.startswith("torch.") or isinstance(cause, NotImplementedError)
+    return isinstance(error, ImportError) or (isinstance(error, torch.onnx.OnnxExporterError) and own)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _told(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _written(model: DEQ, example: Samples) -> bytes:
     inputs = (torch.from_numpy(example), torch.tensor(1e-3), torch.tensor(8))
     batch = torch.export.Dim("batch", min=2)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _silent():

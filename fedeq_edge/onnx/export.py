@@ -29,6 +29,10 @@ from fedeq_edge.storage import write_atomically
 
 Samples = NDArray[np.float32]
 
+# onnxruntime takes some 8 ms per evaluation to load an unrolled file, again with every start of a program, and a board
+# ten times that: 2 s here at this size, 9 s at 1000, 40 s and more at 3000. A cell of use has converged long before.
+MOST_UNROLLED = 256
+
 # Operators with a graph inside: what "control flow" means to a runtime that has none.
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 
@@ -68,20 +72,21 @@ def export(
         "fedeq.round": str(round_number),
     }
     content = _build(order, theta, head, entries)
-    verification = verify(
-        content,
-        Request(
-            spec=spec,
-            theta=theta,
-            head=head,
-            parameters=_stored(chosen, theta, head),
-            recipe=chosen,
-            budget=budget,
-            tol=order.tol,
-            samples=order.samples,
-            cross_check=cross_check,
-        ),
+    request = Request(
+        spec=spec,
+        theta=theta,
+        head=head,
+        parameters=_stored(chosen, theta, head),
+        recipe=chosen,
+        budget=budget,
+        tol=order.tol,
+        samples=order.samples,
+        cross_check=cross_check,
     )
+    try:
+        verification = verify(content, request)
+    except ExportError as error:
+        raise ExportError(f"{path}: not written, {error}") from error
     _accept(verification, path, chosen)
     try:
         write_atomically(path, content)
@@ -111,6 +116,13 @@ class _Order:
 def _check(order: _Order, path: Path, name: str) -> None:
     if order.budget < 1 or not order.tol >= 0.0:
         raise ExportError(f"{path}: budget {order.budget} must be at least 1 and tol {order.tol} at least 0")
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {path}: the folder {path.parent} does not exist; make it or name another")
+    if order.recipe.form == "unrolled" and order.budget > MOST_UNROLLED:
+        raise ExportError(
+            f"{path}: recipe {name} writes out each evaluation, at most {MOST_UNROLLED} and not {order.budget}; lower "
+            f"the budget, or take recipe {DEFAULT}, whose file takes any"
+        )
     if order.recipe.form == "unrolled" and order.tol:
         raise ExportError(f"{path}: recipe {name} stops after its budget alone; leave out tol {order.tol}")
     if order.recipe.precision == "int8" and order.samples is None:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedeq_edge.deq.budget import LARGEST_BUDGET
 from fedeq_edge.deq.certificate import Certificate, Rate
 from fedeq_edge.errors import ConfigError, DataError, ExportError
 from fedeq_edge.onnx.contract import refuse_newer
 from fedeq_edge.onnx.session import open_session
-from fedeq_edge.training.step import LARGEST_BUDGET
 
 # Far above any residual of use, and its square far below float32's end, where a solve would stop before it begins.
 LARGEST_TOL = 1e6
@@ -151,11 +151,14 @@ def describe(path: Path) -> Description:
     )
 
 
-def evaluate(model: bytes, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """All outputs of a graph by name, on one thread."""
-    session = open_session(model, 1)
+def evaluate(model: bytes, feeds: Mapping[str, NDArray[Any]], name: str = "the model") -> dict[str, NDArray[Any]]:
+    """All outputs of a graph by name, on one thread. Raises ExportError, `name` in front, where it does not run."""
+    session = open_session(model, 1, name)
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    try:
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    except Exception as error:  # onnxruntime's exceptions share no base class below Exception
+        raise ExportError(f"{name}: onnxruntime cannot run it ({str(error).splitlines()[0]})") from error
 
 
 def _name_of(model: Path | bytes) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedeq_edge.errors import ExportError
+from fedeq_edge.onnx.contract import IR_VERSION, OPSET, SCHEMA, SCHEMA_VERSION, refuse_newer
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 try:
@@ -18,6 +19,8 @@ except ImportError as missing:
 
 # onnxruntime warns about unused initializers and unknown hardware; 3 keeps errors only.
 ERRORS_ONLY = 3
+# How onnxruntime 1.15 to 1.31 put it.
+_SIGNS_OF_A_NEWER_FORMAT = ("Unsupported model IR version", "official released onnx opset", "No Op registered for")
 
 
 def open_session(model: Path | bytes, threads: int, name: str = "the model") -> Any:  # onnxruntime ships no types
@@ -34,9 +37,26 @@ def open_session(model: Path | bytes, threads: int, name: str = "the model") -> 
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class below Exception
+        label = name if isinstance(model, bytes) else str(model)
+        _refuse_newer_format(model, label, str(error))
         reason = str(error).splitlines()[0]
-        label = name if isinstance(model, bytes) else model
-        remedy = "is it truncated, or for a newer onnxruntime? export it again"
+        remedy = "is it truncated? export it again"
         raise ExportError(
             f"{label}: onnxruntime {onnxruntime.__version__} cannot load it ({reason}); {remedy}"
         ) from error
+
+
+def _refuse_newer_format(model: Path | bytes, name: str, reason: str) -> None:
+    """Raises ExportError where a later version explains why onnxruntime refuses a file."""
+    from fedeq_edge.onnx.scan import facts  # noqa: PLC0415  # each import counts in the start of a program that answers
+
+    try:
+        found = facts(model if isinstance(model, bytes) else model.read_bytes(), name)
+    except (ExportError, OSError):
+        return  # damaged, or gone: onnxruntime's reason stands
+    refuse_newer(name, found.metadata.get(SCHEMA, SCHEMA_VERSION))
+    if found.newer and any(sign in reason for sign in _SIGNS_OF_A_NEWER_FORMAT):
+        raise ExportError(
+            f"{name}: written in opset {found.opset} and IR version {found.ir_version}, newer than onnxruntime "
+            f"{onnxruntime.__version__} reads; update it, or export with opset {OPSET} and IR version {IR_VERSION}"
+        )

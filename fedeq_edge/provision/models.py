@@ -19,7 +19,7 @@ def check_model(path: Path) -> None:
     load = _loader(path.suffix)
     try:
         load(path)
-    except (ExportError, StateError) as error:
+    except (ConfigError, ExportError, StateError) as error:
         reason = str(error).partition("; ")[0]
         raise ConfigError(
             f"model {path} cannot be loaded, so that no board gets it ({reason}); take a device's personal.fedeq, or "

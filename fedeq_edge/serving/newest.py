@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge import modelfile
+from fedeq_edge.deq.budget import LARGEST_BUDGET
 from fedeq_edge.deq.certificate import Certificate, Rate
 from fedeq_edge.deq.layout import size
 from fedeq_edge.deq.numeric import Inference, NumpyDEQ
@@ -30,7 +31,6 @@ from fedeq_edge.onnx.recipe import load_recipe
 from fedeq_edge.onnx.scan import scan
 from fedeq_edge.storage import finite
 from fedeq_edge.training.curve import ANSWERED_AT_ONCE, Engine, Samples
-from fedeq_edge.training.step import LARGEST_BUDGET
 
 log = logging.getLogger(__name__)
 

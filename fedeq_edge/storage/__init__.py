@@ -20,10 +20,11 @@ from fedeq_edge.storage.aggregator import AggregatorFolder, privacy_key
 from fedeq_edge.storage.client import ClientFolder
 from fedeq_edge.storage.contributions import Record, audit_trail
 from fedeq_edge.storage.duals import DiskDuals
-from fedeq_edge.storage.files import load, locked, save, write_atomically
+from fedeq_edge.storage.files import SEAL, load, locked, save, write_atomically
 from fedeq_edge.storage.status import history
 
 __all__ = [
+    "SEAL",
     "AggregatorFolder",
     "ClientFolder",
     "DiskDuals",

@@ -11,6 +11,7 @@ from fedeq_edge.atomic import locked, reading, sync, write_atomically, writing
 from fedeq_edge.errors import StateError
 
 __all__ = [
+    "SEAL",
     "damaged",
     "load",
     "locked",
@@ -23,7 +24,9 @@ __all__ = [
     "writing",
 ]
 
-_MAGIC: Final = b"FDQS0002"
+SEAL: Final = b"FDQS"
+"""First bytes of every sealed file, of whatever version."""
+_MAGIC: Final = SEAL + b"0002"
 _DIGEST_BYTES: Final = 32
 _LIMIT_BYTES: Final = 2**31  # a state file beyond this is not ours
 T = TypeVar("T")

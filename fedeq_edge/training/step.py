@@ -17,14 +17,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedeq_edge.deq.budget import LARGEST_BUDGET
 from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.errors import ConfigError
 
 Vector = NDArray[np.float32]
 BackendName = Literal["torch", "onnx"]
 """The library that trains: torch, or onnxruntime on a training graph (onnx/training.py)."""
-LARGEST_BUDGET = 10_000
-"""Evaluations per sample that a contribution may report: far beyond any solve that is worth its time."""
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,6 @@ whose numbers are moved by a rounding error. A table goes to stderr, one JSON li
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.training.learner import Learner
 from fedeq_edge.training.recommend import recommend
 from fedeq_edge.training.step import BackendName, Calibration, LocalTask, Plan, Vector
-from tests.bench.figures import Figure
+from tests.bench.figures import Figure, NotRun, har_file
 
 Fleet = Mapping[str, ClientData]
 GOAL: Final = 0.3  # points of a hundred, between the mean accuracies of the personal models
@@ -140,7 +139,10 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("arrays", nargs="*", default=["F", "X"], help="features, sequences")
     chosen = options.parse_args()
-    data = Path(os.environ.get("BENCH_DATA", "../shared/data")) / "har.npz"
+    try:
+        data = har_file()
+    except NotRun as reason:
+        sys.exit(f"not run: {reason}")
     for array in chosen.arrays:
         compare(Federation.on_har(data, array), f"HAR {array}", chosen.seeds)
 

@@ -31,7 +31,7 @@ from fedeq_edge.deq.solution import Solution
 from fedeq_edge.deq.solvers import StepFunction, solve
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.hardware.memory import keep_heap, peak_rss_bytes
-from tests.bench.figures import Figure
+from tests.bench.figures import Figure, measure
 from tests.deq.problems import published
 
 # The tolerance of every solve, forward and adjoint: relative residual per sample.
@@ -454,9 +454,7 @@ def main() -> None:
     if options.memory:
         print(step_memory(options.memory))
         return
-    for section in options.sections or SECTIONS:
-        for figure in SECTIONS[section]():
-            figure.show()
+    measure(SECTIONS, options.sections)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.onnx.export import export
 from fedeq_edge.onnx.runtime import Predictor
 from fedeq_edge.training.curve import noise
-from tests.bench.figures import Figure
+from tests.bench.figures import Figure, NotRun, har_file, measure
 from tests.bench.onnx_step import SECTIONS as TRAINING
 
 Array = NDArray[np.float32]
@@ -195,12 +195,14 @@ def int8() -> Iterator[Figure]:
 
 def har() -> Iterator[Figure]:
     """Points of accuracy that int8 loses on HAR, over personal models of a short federation."""
-    data = os.environ.get("BENCH_DATA", "../shared/data")  # as in the Makefile
+    data = har_file()
     with tempfile.TemporaryDirectory(prefix="bench-har-") as folder:
         columns = ["--x", "X", "--client", "subject", "--test", "local_test", "--classes", "0-5"]
-        demo = [sys.executable, "-m", "fedeq_edge", "demo", "--data", f"{data}/har.npz", *columns]
+        demo = [sys.executable, "-m", "fedeq_edge", "demo", "--data", str(data), *columns]
         more = ["--clients", "10", "--rounds", "15", "--json", "--out", f"{folder}/run"]
-        subprocess.run([*demo, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+        done = subprocess.run([*demo, *more], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NotRun((done.stderr.strip().splitlines() or ["the demo failed"])[-1])
         right: dict[str, list[bool]] = {"onnxruntime": [], "int8": []}
         for place in sorted(Path(folder, "run", "devices").iterdir()):
             model, samples = modelfile.read(place / "state" / "personal.fedeq"), load_client(place / "data.npz")
@@ -234,9 +236,7 @@ def main() -> None:
     """Measure the sections named on the command line, all of them when none is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}")
-    for section in parser.parse_args().sections or SECTIONS:
-        for figure in SECTIONS[section]():
-            figure.show()
+    measure(SECTIONS, parser.parse_args().sections)
 
 
 if __name__ == "__main__":

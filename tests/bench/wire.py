@@ -8,7 +8,6 @@ once files are written over. A table goes to stderr, one JSON line per figure to
 import argparse
 import contextlib
 import json
-import os
 import queue
 import signal
 import statistics
@@ -35,7 +34,7 @@ from fedeq_edge.transport import broker
 from fedeq_edge.transport.faults import FaultProxy
 from fedeq_edge.transport.mqtt import Endpoint
 from tests.bench import raw
-from tests.bench.figures import Figure
+from tests.bench.figures import Figure, har_file, measure
 from tests.bench.floor import required
 from tests.bench.links import FEDERATION, Link, Mail
 from tests.bench.processes import Reading, child, memory_bytes
@@ -345,11 +344,11 @@ def accuracy() -> Iterator[Figure]:
 
 
 def _har(codec: str, seed: int) -> float:
-    data = os.environ.get("BENCH_DATA", "../shared/data")  # as in the Makefile
+    data = har_file()
     with tempfile.TemporaryDirectory(prefix="bench-har-") as folder:
         columns = ["--x", "X", "--client", "subject", "--test", "local_test", "--classes", "0-5"]
         more = ["--codec", codec, "--seed", str(seed), "--json", "--out", f"{folder}/run"]
-        command = [sys.executable, "-m", "fedeq_edge", "demo", "--data", f"{data}/har.npz", *columns, *more]
+        command = [sys.executable, "-m", "fedeq_edge", "demo", "--data", str(data), *columns, *more]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     return float(json.loads(done.stdout)["accuracy"]["personal"])
 
@@ -385,9 +384,7 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with us, our processes
     signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"a round did not come within {PATIENCE_S} s"))
-    for section in options.sections or SECTIONS:
-        for figure in SECTIONS[section]():
-            figure.show()
+    measure(SECTIONS, options.sections)
 
 
 if __name__ == "__main__":

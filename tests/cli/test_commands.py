@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from msgspec import to_builtins
 
-from fedeq_edge import modelfile, orders
+from fedeq_edge import modelfile, orders, storage
 from fedeq_edge.deq.description import describe
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.onnx.trainer import TrainingGraph
+from fedeq_edge.onnx.training import build_training
 from fedeq_edge.storage import AggregatorFolder, locked
 from fedeq_edge.storage.status import write_status
 from fedeq_edge.training.step import Budget
@@ -180,6 +181,46 @@ def test_a_personal_model_answers_as_the_file_exported_from_it(fedeq: "Fedeq", p
     assert ours["residual_max"] == pytest.approx(exported.pop("residual_max"), rel=1e-3)
     ours.pop("residual_max")
     assert ours == exported
+
+
+def test_a_model_is_known_by_what_it_holds_whatever_its_name(fedeq: "Fedeq", place: Path, personal: Path) -> None:
+    fedeq("model", "export", personal, "--out", "M2.ONNX", "--no-cross-check")
+    personal.rename(place / "odd.onnx")
+    for name, kind in (("M2.ONNX", {"kind": "inference"}), ("odd.onnx", {"device": "a"})):
+        assert kind.items() <= _json(fedeq, "model", "inspect", name).items()
+        assert _json(fedeq, "model", "infer", name, "data.npz")["samples"] == 8
+    refused = fedeq("model", "export", "M2.ONNX")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "M2.ONNX is an ONNX file, and this needs the personal.fedeq that it was exported from" in refused.err
+
+
+def test_inspecting_a_training_graph_does_not_print_the_graph_inside_it(fedeq: "Fedeq", place: Path) -> None:
+    (place / "t.onnx").write_bytes(build_training(SPEC))
+    told = _json(fedeq, "model", "inspect", "t.onnx")
+    assert told["kind"] == "training"
+    assert told["fedeq.solver_graph"].startswith("a graph of its own, ")
+    assert fedeq("model", "inspect", "t.onnx").err.count("\n") < 40
+
+
+def test_another_file_of_a_state_folder_is_no_model_and_nobody_is_told_to_delete_it(
+    fedeq: "Fedeq", place: Path
+) -> None:
+    storage.save(place / "client.state", {"round": 3})
+    refused = fedeq("model", "inspect", "client.state")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "client.state is whole, but no personal model" in refused.err
+    assert "delete" not in refused.err
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(fedeq: "Fedeq", place: Path, personal: Path) -> None:
+    before = personal.read_bytes(), (place / "data.npz").read_bytes()
+    for out in (personal, place / "data.npz"):
+        refused = fedeq("model", "export", personal, "--out", out, "--no-cross-check")
+        assert (refused.status, refused.err.count("\n")) == (2, 1)
+        assert "is there already and is no ONNX file; name another" in refused.err
+    assert (personal.read_bytes(), (place / "data.npz").read_bytes()) == before
+    for _ in range(2):
+        assert fedeq("model", "export", personal, "--out", "m.onnx", "--no-cross-check").status == 0
 
 
 def test_a_personal_model_of_images_is_answered_with_the_whole_budget_if_no_sample_may_stop(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedeq_edge.deq.budget import LARGEST_BUDGET
 from fedeq_edge.deq.certificate import Certificate
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
@@ -23,7 +24,7 @@ from fedeq_edge.hardware.budget import (
     within_joules,
     within_seconds,
 )
-from fedeq_edge.training.step import LARGEST_BUDGET, Budget, Calibration
+from fedeq_edge.training.step import Budget, Calibration
 
 MENU = (2, 3, 4, 6, 8, 12)
 COST = Calibration(batch=16, fixed_s=0.01, evaluation_s=0.01, adjoint_s=0.02)

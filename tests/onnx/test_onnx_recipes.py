@@ -1,19 +1,20 @@
 """Every recipe's file answers as promised, keeps samples apart, says what it is, and is refused where it may not be."""
 
 import json
-import os
-import shutil
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from fedeq_edge.consensus.constraint import project
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.layout import cell_weight, constraints
+from fedeq_edge.deq.model import DEQ
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.deq.wellposed import certificate
 from fedeq_edge.errors import ConfigError, ExportError
@@ -33,6 +34,7 @@ SPECS = {
 }
 SEQUENCE = SPECS["sequence"]
 BUDGET = 40
+needs_exporter = pytest.mark.skipif(cross.missing() is not None, reason=f"no exporter of torch's: {cross.missing()}")
 RECIPES = ("float16", "int8", "onnxruntime", "unrolled")
 
 
@@ -246,7 +248,7 @@ def test_a_spoilt_batch_mate_that_changes_an_answer_stops_the_export(
         write(SEQUENCE, tmp_path / "model.onnx", "onnxruntime")
 
 
-@pytest.mark.skipif(not cross.available(), reason="torch's exporter needs onnxscript, which is not installed")
+@needs_exporter
 def test_torchs_own_exporter_agrees(tmp_path: Path) -> None:
     spec = SPECS["dense"]
     found = export(spec, *trained(spec), tmp_path / "model.onnx", budget=12, cross_check=True)
@@ -256,7 +258,7 @@ def test_torchs_own_exporter_agrees(tmp_path: Path) -> None:
 
 
 def test_a_second_route_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross, "available", lambda: False)
+    monkeypatch.setattr(cross, "missing", lambda: "onnxscript is not installed")
     asked, unasked = (
         export(SEQUENCE, *trained(SEQUENCE), tmp_path / "m.onnx", budget=4, cross_check=wanted)
         for wanted in (True, False)
@@ -266,22 +268,95 @@ def test_a_second_route_that_is_not_there_is_said(tmp_path: Path, monkeypatch: p
     assert unasked.cross_check == "not asked for"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_oldest_onnxruntime_answers_alike(recipe: str, tmp_path: Path) -> None:
-    """Set FEDEQ_OLD_ONNXRUNTIME to a Python that has onnxruntime 1.15.1 or 1.16.3."""
-    python = shutil.which(os.environ.get("FEDEQ_OLD_ONNXRUNTIME", ""))
-    if python is None:
-        pytest.skip("FEDEQ_OLD_ONNXRUNTIME names no Python with onnxruntime 1.15.1")
-    found = write(SEQUENCE, tmp_path / "model.onnx", recipe)
-    x = noise(SEQUENCE, np.random.default_rng(3), 4)
-    np.save(tmp_path / "x.npy", x)
-    code = (
-        "import numpy as np, onnxruntime as o; s = o.InferenceSession('model.onnx');"
-        "names = [i.name for i in s.get_inputs()];"
-        "f = {'x': np.load('x.npy'), 'tol': np.array(1e-3, np.float32), 'max_iter': np.array(40)};"
-        "np.save('y.npy', s.run(['logits'], {n: f[n] for n in names})[0])"
-    )
-    subprocess.run([python, "-c", code], cwd=tmp_path, check=True, timeout=60)
+class _Head(nn.Module):
+    """A head that does `break_it` to the features, in place of the model's own."""
 
-    expected = found.infer(x) if recipe == "unrolled" else found.infer(x, tol=1e-3)
-    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected.logits, atol=0.2 if recipe == "int8" else 1e-5)
+    def __init__(self, break_it: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.break_it = break_it
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.break_it(features)[:, :3]
+
+
+def second_route_does(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[Tensor], Tensor]) -> None:
+    """torch's exporter really runs, over a model that is not the one that was exported."""
+
+    def broken(model: DEQ) -> DEQ:
+        twin = honest(model)
+        setattr(twin, "head", _Head(break_it))  # noqa: B010  # it is another kind of head
+        return twin
+
+    honest = cross._apart
+    monkeypatch.setattr(cross, "_apart", broken)
+
+
+def wrong_shape(features: Tensor) -> Tensor:
+    return features @ torch.zeros(7, 7)
+
+
+def forgotten(features: Tensor) -> Tensor:
+    raise KeyError("weight")
+
+
+@needs_exporter
+def test_an_operator_that_torchs_exporter_does_not_know_leaves_the_comparison_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second_route_does(monkeypatch, torch.special.bessel_j0)
+
+    found = export(SPECS["dense"], *trained(SPECS["dense"]), tmp_path / "m.onnx", budget=4, cross_check=True)
+
+    assert found.cross_check.startswith(f"not run: torch {torch.__version__} cannot export it (DispatchError: ")
+    assert "bessel" in found.cross_check
+    assert "\n" not in found.cross_check
+    assert (tmp_path / "m.onnx").exists()
+
+
+@needs_exporter
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (torch.neg, "torch's own exporter answers otherwise by"),
+        (wrong_shape, r"torch's own exporter fails \(RuntimeError: .*--no-cross-check"),
+        (forgotten, r"torch's own exporter fails \(KeyError: 'weight'\); .*--no-cross-check"),
+    ],
+)
+def test_a_second_route_that_fails_or_disagrees_stops_the_export(
+    break_it: Callable[[Tensor], Tensor], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPECS["dense"]
+    second_route_does(monkeypatch, break_it)
+
+    with pytest.raises(ExportError, match=f"not written, {message}") as caught:
+        export(spec, *trained(spec), tmp_path / "m.onnx", budget=4, cross_check=True)
+
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_exporter
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: content[:200], "cannot load it"),
+        (lambda content: content.replace(b"max_iter", b"most_itr"), "cannot run it"),
+    ],
+)
+def test_a_second_file_that_does_not_run_stops_the_export(
+    spoil: Callable[[bytes], bytes], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPECS["dense"]
+    honest = cross.second_model
+    monkeypatch.setattr(cross, "second_model", lambda *model: spoil(honest(*model)))
+
+    with pytest.raises(ExportError, match=f"not written, the file of torch's own exporter: .*{message}") as caught:
+        export(spec, *trained(spec), tmp_path / "m.onnx", budget=4, cross_check=True)
+
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unrolled_file_of_very_many_evaluations_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"at most 256 and not 3000; .* recipe onnxruntime"):
+        export(SEQUENCE, *trained(SEQUENCE), tmp_path / "m.onnx", budget=3000, recipe="unrolled")

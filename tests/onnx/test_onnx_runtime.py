@@ -18,7 +18,7 @@ from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, DataError, ExportError, FedEqError
 from fedeq_edge.kit import folder
 from fedeq_edge.onnx.export import export
-from fedeq_edge.onnx.runtime import Predictor
+from fedeq_edge.onnx.runtime import Predictor, describe
 
 ROOT = Path(__file__).parents[2]
 SPEC = ModelSpec(input_shape=(3, 16), classes=3, channels=8, pool=2)
@@ -160,6 +160,42 @@ def test_files_that_are_no_models_of_ours_are_refused(tmp_path: Path, model: Pat
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("ask", [Predictor, describe], ids=["Predictor", "describe"])
+@pytest.mark.parametrize(
+    ("opset", "ir_version", "schema", "message"),
+    [
+        (
+            99,
+            8,
+            "1",
+            "in opset 99 and IR version 8, newer than onnxruntime .* reads; update it, or export with opset 18",
+        ),
+        (18, 99, "1", "in opset 18 and IR version 99, newer than onnxruntime .* reads; update it"),
+        (99, 99, "2.0", "schema version 2.0, this program reads 1; update fedeq-edge"),
+    ],
+)
+def test_a_file_in_a_newer_format_says_what_to_update(
+    opset: int,
+    ir_version: int,
+    schema: str,
+    message: str,
+    ask: Callable[[Path], object],
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    proto = onnx.load(model)
+    proto.opset_import[0].version, proto.ir_version = opset, ir_version
+    told = {entry.key: entry.value for entry in proto.metadata_props}
+    onnx.helper.set_model_props(proto, told | {"fedeq.schema_version": schema})
+    (tmp_path / "newer.onnx").write_bytes(proto.SerializeToString())
+
+    with pytest.raises(ExportError, match=message) as caught:
+        ask(tmp_path / "newer.onnx")
+
+    assert str(caught.value).startswith(str(tmp_path / "newer.onnx"))
+    assert "\n" not in str(caught.value)
+
+
 WATCH_THE_IMPORT = """
 import os, sys
 class Watch:
@@ -206,11 +242,11 @@ def test_one_module_of_the_package_imports_onnxruntime() -> None:
     assert importers == ["fedeq_edge/onnx/session.py"]
 
 
-def test_predicting_loads_neither_torch_nor_onnx(model: Path) -> None:
+def test_predicting_loads_neither_torch_nor_onnx_nor_msgspec(model: Path) -> None:
     code = (
         "import sys, numpy; from pathlib import Path; from fedeq_edge.onnx.runtime import Predictor;"
         f"print(Predictor(Path({str(model)!r})).infer(numpy.zeros((1, 3, 16))).labels);"
-        "print(sorted({'torch', 'onnx'} & set(sys.modules)))"
+        "print(sorted({'torch', 'onnx', 'msgspec'} & set(sys.modules)))"
     )
 
     assert python("-c", code).stdout.splitlines()[-1] == "[]"

@@ -82,6 +82,16 @@ def newer_ir(model: onnx.ModelProto) -> None:
     model.ir_version = 10
 
 
+def newer_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 99
+
+
+def newer_in_all(model: onnx.ModelProto) -> None:
+    """As a later version might write it, with things that no graph of today may hold."""
+    for change in (newer_ir, newer_opset, function, foreign_opset, prop("fedeq.schema_version", "2.1")):
+        change(model)
+
+
 def other_weights(model: onnx.ModelProto) -> None:
     next(value for value in model.graph.input if value.name == "w").type.tensor_type.shape.dim[0].dim_value = 7
 
@@ -100,7 +110,9 @@ def other_duals(model: onnx.ModelProto) -> None:
         (changed(foreign_opset), "operators of the domain 'ai.onnx.ml'"),
         (changed(sparse), "sparse tensors"),
         (changed(function), "functions of its own"),
-        (changed(newer_ir), "IR version 10, this program reads up to 8; update fedeq-edge"),
+        (changed(newer_ir), "opset 18 and IR version 10, this program reads up to 18 and 8; update fedeq-edge"),
+        (changed(newer_opset), "opset 99 and IR version 8, this program reads up to 18 and 8; update fedeq-edge"),
+        (changed(newer_in_all), "schema version 2.1, this program reads 1; update fedeq-edge"),
         (changed(prop("fedeq.schema_version", "2")), "schema version 2, this program reads 1; update fedeq-edge"),
         (changed(prop("fedeq.kind", "inference")), "no training graph of fedeq-edge"),
         (changed(without_description), "does not describe its model; let the gateway build it anew"),

@@ -15,7 +15,7 @@ FLOORS = {
     0: ("__init__", "atomic", "errors", "finite", "kit", "structs"),
     1: ("deq", "consensus", "masking", "wire", "data"),
     2: ("training", "hardware", "protocol"),
-    3: ("transport", "onnx", "storage", "modelfile", "orders", "provision", "health", "backends"),
+    3: ("transport", "onnx", "storage", "modelfile", "modelform", "orders", "provision", "health", "backends"),
     4: ("settings", "logs", "serving", "agent", "trainer", "updater", "gateway", "audit", "chaos", "report", "demo"),
     5: ("cli", "__main__"),
 }

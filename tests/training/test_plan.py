@@ -1,8 +1,9 @@
 import pytest
 from msgspec.structs import replace
 
+from fedeq_edge.deq.budget import LARGEST_BUDGET
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.training.step import LARGEST_BUDGET, Plan
+from fedeq_edge.training.step import Plan
 
 
 @pytest.mark.parametrize(
