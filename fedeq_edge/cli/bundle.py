@@ -67,9 +67,11 @@ def build(
 
 @app.command(epilog="Example: fedeq bundle inspect fleet/bundles/raspberry-pi-4-py311-0.1.0+2a121ddeae9f.tar.gz")
 def inspect(file: File, as_json: AsJson = False) -> None:
-    """Show what a bundle says of itself; `verify` tells whether that is true."""
-    manifest = bundles.read_manifest(file)
-    _show({**_facts(file, manifest), "models": _models(manifest)}, as_json)
+    """Show what a bundle says of itself; exit 3 where it is damaged. `verify` tells whether the fleet signed it."""
+    manifest, signed = bundles.whole(file)
+    _show({**_facts(file, manifest), "models": _models(manifest), "signed": signed, "verified": False}, as_json)
+    if not as_json:
+        typer.echo(f"whole; whose signature it has, if any, was not checked: fedeq bundle verify {file}", err=True)
 
 
 @app.command(epilog="Example: fedeq bundle verify raspberry-pi-4-py311-0.1.0+2a121ddeae9f.tar.gz --run-in arm64-root")

@@ -37,6 +37,8 @@ def enrol(
     else:
         raise ConfigError("give --service and --token, or --join with a file that has both")
     typer.echo(f"device {device} is enrolled; its certificate is {folder}/device.crt", err=True)
+    if folder == _HERE:
+        typer.echo("next: sudo systemctl restart fedeq-agent fedeq-updater", err=True)
 
 
 def csr(

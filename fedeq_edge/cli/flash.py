@@ -142,26 +142,32 @@ def _printable(line: str) -> str:
 
 def _bundles_of(fleet: Fleet, device: str) -> list[Path]:
     """The fleet's bundles for the device's board, newest first. Raises ConfigError where there is none."""
-    profile = fleet.device(device).profile
     built = sorted((fleet.folder / "bundles").glob("*.tar.gz"), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = [path for path in built if _is_for(path, profile)]
+    found = [path for path in built if _is_for(path, fleet, device)]
     if not found:
         raise ConfigError(
-            f"{fleet.folder}/bundles has no bundle for {profile}; fedeq bundle build --device {device}, or name one "
-            "with --bundle"
+            f"{fleet.folder}/bundles has no bundle for {device} or any {fleet.device(device).profile}; "
+            f"fedeq bundle build --device {device}, or name one with --bundle"
         )
     return found
 
 
-def _is_for(bundle: Path, profile: str) -> bool:
-    """Whether it says so; one that cannot even say that is named."""
-    from fedeq_edge.provision.bundle import read_manifest  # noqa: PLC0415  # few commands need it
+def _is_for(bundle: Path, fleet: Fleet, device: str) -> bool:
+    """Whether it is for this device, or any of its board; one that cannot say, or has others' settings, is named."""
+    from fedeq_edge.provision.agentfile import is_made_for  # noqa: PLC0415  # few commands need it
+    from fedeq_edge.provision.bundle import read_manifest  # noqa: PLC0415  # as above
 
+    known = fleet.device(device)
     try:
-        return read_manifest(bundle).profile == profile
+        manifest = read_manifest(bundle)
     except ProvisionError as error:
         _say(f"left out: {error}")
         return False
+    if manifest.profile != known.profile:
+        return False
+    if not (made := is_made_for(manifest, fleet.settings, device, known)):
+        _say(f"left out: bundle {bundle} was built for another device, or before its settings changed")
+    return made
 
 
 def _first_sound(bundles: Sequence[Path], prepare: Callable[[Path], Plan]) -> Plan:

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from fedeq_edge.errors import ConfigError
+from fedeq_edge.provision.brokerlist import BrokerHere
 from fedeq_edge.provision.fleet import Fleet, FleetSettings, Heard
 from fedeq_edge.provision.founding import new_gateway
 
@@ -121,16 +122,14 @@ def status(folder: Folder = _HERE, as_json: AsJson = False) -> None:
     reports = {device: fleet.heard(device) for device in fleet.devices}
     revoked = {device: known.revoked for device, known in fleet.devices.items() if known.revoked}
     if as_json:
-        said = msgspec.to_builtins(reports)
-        typer.echo(
-            json.dumps(said | {device: {**(said[device] or {}), "revoked": on} for device, on in revoked.items()})
-        )
+        ended = {device: {"revoked": on} for device, on in revoked.items()}
+        typer.echo(json.dumps(msgspec.to_builtins(reports) | ended))
         return
     table = Table(Column("id", no_wrap=True), "version", "confirmed", "healthy", "heard", "last error")
     now = time.time()
     for device, heard in reports.items():
-        *shown, error = _row(heard, now)
-        table.add_row(device, *shown, f"revoked on {revoked[device]}" if device in revoked else error)
+        gone = ("-", "-", "-", "-", f"revoked on {revoked[device]}") if device in revoked else ()
+        table.add_row(device, *(gone or _row(heard, now)))
     Console(stderr=True).print(table)
 
 
@@ -171,25 +170,37 @@ def serve(
 
 @app.command(epilog="Example: fedeq fleet revoke pi-17")
 def revoke(device: DeviceId, folder: Folder = _HERE, as_json: AsJson = False) -> None:
-    """Take back all certificates and tokens of a device; service and aggregator refuse it from now on.
+    """Take back all certificates and tokens of a device; whoever was told refuses it from now on, the service at once.
 
     To let it in again: `fedeq fleet add ID --profile BOARD`, and `fedeq aggregator allow ID`.
     """
-    fleet = Fleet.open(folder)
+    fleet, broker = Fleet.open(folder), BrokerHere(folder)
     done = fleet.revoke(device, passphrase=passphrase_of(folder))
+    shut = broker.took_list()
     if as_json:
-        typer.echo(json.dumps({"device": device, **msgspec.to_builtins(done)}))
+        typer.echo(json.dumps({"device": device, **msgspec.to_builtins(done), "broker": shut}))
     _say(
         f"device {device} is revoked (certificates: {done.certificates}, tokens: {done.tokens}); the service knows",
-        "the aggregator takes nothing from it any more" if done.denied else _undone(device, done.trouble),
-        f"the broker: give it {folder}/gateway/crl.pem as its crlfile, then: sudo systemctl reload mosquitto",
-        "  (a connection that is up ends with a restart in place of reload; agents come back by themselves)",
+        *(["the broker has ended its connection and takes no other from it"] if shut else _unheard(folder)),
+        "the aggregator takes nothing from it any more" if done.denied else _undone(device, done.trouble, shut=shut),
     )
     if done.trouble:
         raise typer.Exit(1)
 
 
-def _undone(device: str, trouble: str) -> str:
+def _unheard(folder: Path) -> list[str]:
+    """What the broker needs that does not do it by itself. A reload would let a connection that is up stay up."""
+    install = f"sudo install -m 640 -g mosquitto {folder}/gateway/crl.pem /etc/mosquitto/fedeq-edge"
+    return [
+        "the broker was not told; on the gateway, to end its connection and refuse another:",
+        f"  {install} && sudo systemctl restart mosquitto",
+        "  (broker/fedeq-revoked.path does it by itself from then on)",
+    ]
+
+
+def _undone(device: str, trouble: str, *, shut: bool) -> str:
+    if shut and not trouble:
+        return "the aggregator hears nothing of it any more, since the broker does not"
     why = trouble or "[fleet] aggregator in fleet.toml names no state folder"
     return f"the aggregator was not told ({why}); there: fedeq aggregator deny {device}"
 

@@ -1,8 +1,11 @@
 """agent.toml of a flashed device: what the fleet knows of it, and where things are on a board."""
 
+import hashlib
+
 import msgspec
 
 from fedeq_edge.errors import Exit, ProvisionError
+from fedeq_edge.provision.archive import Manifest
 from fedeq_edge.provision.fleet import Device, FleetSettings
 
 # The unit hands agent.toml, key and certificates to the agent as credentials, in one folder: names without a path.
@@ -41,6 +44,13 @@ def agent_toml(fleet: FleetSettings, device: str, known: Device, *, torch: bool)
         b"# Written by fedeq flash. What you add stays, as long as device, federation and broker are the fleet's.\n"
         + (msgspec.toml.encode(settings))
     )
+
+
+def is_made_for(manifest: Manifest, fleet: FleetSettings, device: str, known: Device) -> bool:
+    """Whether a bundle has no agent.toml, being for any device of its board, or just this device's as it is now."""
+    built = manifest.files.get("config/agent.toml")
+    wanted = agent_toml(fleet, device, known, torch="torch" in manifest.packages)
+    return built is None or built.sha256 == hashlib.sha256(wanted).hexdigest()
 
 
 def agrees(found: bytes, fleet: FleetSettings, device: str, *, torch: bool) -> bool:

@@ -133,14 +133,23 @@ def read_manifest(path: Path) -> Manifest:
         return reader.manifest()[1]
 
 
+def whole(path: Path) -> tuple[Manifest, bool]:
+    """The manifest of a bundle every byte of which is what it names, and whether somebody signed it, whoever.
+
+    Raises ProvisionError (VERIFICATION) where a byte is another one.
+    """
+    with _Reader(path) as reader:
+        manifest = reader.manifest()[1]
+        signed = reader.skips_signature()
+        reader.rest(manifest)
+    return manifest, signed
+
+
 def verify(path: Path, public_key: Path) -> Manifest:
     """The manifest of a bundle that is whole and signed with the key (PEM). Raises ProvisionError (VERIFICATION)."""
     with _Reader(path) as reader:
         manifest = reader.signed(public_key)
-        for name, entry in sorted(manifest.files.items()):
-            for _ in reader.file(name, entry):
-                pass
-        reader.end()
+        reader.rest(manifest)
     return manifest
 
 
@@ -208,6 +217,23 @@ class _Reader:
         if not is_signed(described, signature, public_key):
             self._refuse(f"its signature is not of {public_key}")
         return manifest
+
+    def skips_signature(self) -> bool:
+        """Whether one stood here; then it is behind us."""
+        at = self._total
+        if self._read(tarfile.BLOCKSIZE) == _header(SIGNATURE, _SIGNATURE_BYTES, 0o644):
+            self._exactly(_SIGNATURE_BYTES)
+            self._same(_padding(_SIGNATURE_BYTES), SIGNATURE)
+            return True
+        self._total = self._packed.seek(at)
+        return False
+
+    def rest(self, manifest: Manifest) -> None:
+        """All files, and the end, are what the manifest names."""
+        for name, entry in sorted(manifest.files.items()):
+            for _ in self.file(name, entry):
+                pass
+        self.end()
 
     def file(self, name: str, entry: Entry) -> Iterator[bytes]:
         """The content of the file that must come next, in pieces; raises at its end where it is another."""

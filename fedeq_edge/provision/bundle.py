@@ -23,11 +23,22 @@ import msgspec
 from fedeq_edge import kit
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError
 from fedeq_edge.provision import wheels
-from fedeq_edge.provision.archive import Cpu, Entry, Manifest, canonical, entry_of, pack, read_manifest, unpack, verify
+from fedeq_edge.provision.archive import (
+    Cpu,
+    Entry,
+    Manifest,
+    canonical,
+    entry_of,
+    pack,
+    read_manifest,
+    unpack,
+    verify,
+    whole,
+)
 from fedeq_edge.provision.models import check_model
 from fedeq_edge.provision.platforms import Platform
 
-__all__ = ["BundleSpec", "Manifest", "build", "read_manifest", "unpack", "verify"]
+__all__ = ["BundleSpec", "Manifest", "build", "read_manifest", "unpack", "verify", "whole"]
 
 INSTALLER: Final = Path(__file__).with_name("release.py")
 LAUNCHER: Final = "bin/fedeq"

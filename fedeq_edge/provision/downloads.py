@@ -195,7 +195,10 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise StateError(f"{path}: {error.strerror}; flash this board, or enrol it: fedeq device enrol") from error
+        raise StateError(
+            f"{path}: {error.strerror}; flash this board, or enrol it: sudo fedeq device enrol --service URL --token "
+            "TOKEN, as fedeq fleet token prints them on the host"
+        ) from error
 
 
 def _enrolled_at(path: Path) -> float:

@@ -17,7 +17,7 @@ from fedeq_edge.errors import Exit, ProvisionError
 from fedeq_edge.provision.bundle import verify
 from fedeq_edge.provision.facts import Facts
 from fedeq_edge.provision.flash_board import BoardWay
-from fedeq_edge.provision.flash_card import ImageWay, RootfsWay
+from fedeq_edge.provision.flash_card import ImageWay, RootfsWay, booted
 from fedeq_edge.provision.fleet import Fleet
 from fedeq_edge.provision.plan import Flashed, Plan, Sign, Steps, Told, Way
 from fedeq_edge.provision.preflight import Finding, check
@@ -63,11 +63,7 @@ def prepare(target: AnyTarget, fleet: Fleet, device: str, bundle: Path, *, data:
 
 def _refuse(target: AnyTarget, facts: Facts, findings: Sequence[Finding]) -> None:
     if isinstance(target, ImageTarget) and facts.booted:
-        raise ProvisionError(
-            Exit.BOOTED_CARD,
-            f"{target.name} has booted already, and a first boot happens once; write its operating system anew, "
-            "or flash the running board: fedeq flash ssh://USER@HOST",
-        )
+        raise booted(target.name)
     wrong = next((finding for finding in findings if finding.severity == "refuse"), None)
     if wrong is not None:
         raise ProvisionError(wrong.code, f"{target.name.removesuffix(':')}: {wrong.line()}")

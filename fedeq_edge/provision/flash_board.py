@@ -49,11 +49,7 @@ class BoardWay:
     def intended(self) -> list[str]:
         """What will be done. Raises ProvisionError where the agent would have no data to train on."""
         if not self._has_data and self._plan.data is None and not self._configured:
-            raise ProvisionError(
-                Exit.MISUSED,
-                f"{self._machine.name} has no data to train on; give its npz with --data FILE, or put it at "
-                "/var/lib/fedeq-edge/data.npz",
-            )
+            raise no_data(self._machine.name)
         version, before = self._plan.manifest.version, self._state.get("current")
         release = [f"install {version} (now: {before or 'nothing'})"] if self._stale else []
         identity = [] if self._enrolled else ["make its key, sign its certificate"]
@@ -167,6 +163,14 @@ class BoardWay:
         self._machine.run(["rm", "-f", f"{at}.out", f"{at}.err"])
         if done.code:
             raise installer_error(self._machine.name, Ran(done.code, out or b"", err or done.err))
+
+
+def no_data(name: str) -> ProvisionError:
+    """What is said of a target whose agent would have nothing to train on."""
+    return ProvisionError(
+        Exit.MISUSED,
+        f"{name} has no data to train on; give its npz with --data FILE, or put it at /var/lib/fedeq-edge/data.npz",
+    )
 
 
 def is_identity(mine: bytes | None, authority: bytes | None, fleet: Fleet, device: str) -> bool:

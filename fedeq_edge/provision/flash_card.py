@@ -14,7 +14,7 @@ from fedeq_edge.errors import Exit, ProvisionError
 from fedeq_edge.provision import card
 from fedeq_edge.provision.agentfile import agent_toml, agrees
 from fedeq_edge.provision.enrol import Join
-from fedeq_edge.provision.flash_board import INSTALLER, installer_error, is_identity
+from fedeq_edge.provision.flash_board import INSTALLER, installer_error, is_identity, no_data
 from fedeq_edge.provision.fleet import Fleet
 from fedeq_edge.provision.plan import Plan, Sign, Steps
 from fedeq_edge.provision.targets.base import Ran
@@ -25,6 +25,7 @@ from fedeq_edge.provision.tokens import Token
 
 _SPARE_BYTES: Final = 2**22  # what cloud-init and status.json write beside ours
 _WANTS: Final = f"etc/systemd/system/multi-user.target.wants/{card.UNIT_NAME}"
+_DATA: Final = "var/lib/fedeq-edge/data.npz"
 
 
 class ImageWay:
@@ -44,7 +45,9 @@ class ImageWay:
         self._done = self._is_done()
 
     def intended(self) -> list[str]:
-        """What will be done. Raises ProvisionError where it does not fit on the card."""
+        """What will be done. Raises ProvisionError where it does not fit on the card, or brings no data to train on."""
+        if self._plan.data is None and not self._has_data():
+            raise no_data(self._target.name)
         needed = self._plan.bundle.stat().st_size + _SPARE_BYTES
         free = self._box.free_bytes()
         if not self._done and free < needed:
@@ -96,6 +99,11 @@ class ImageWay:
         if boot.read("meta-data") is None:
             boot.write("meta-data", b"instance-id: fedeq-edge\n")  # without it cloud-init sees no user-data
 
+    def _has_data(self) -> bool:
+        """A flash before this one brought them, for this device, or somebody put them where the agent looks."""
+        brought = not self.occupant and self._box.read(f"{self._folder}/data.npz") is not None
+        return brought or self._root.exists(_DATA)
+
     def _is_done(self) -> bool:
         """This bundle is on the card, for this device, with a token that is still good."""
         wanted = card.card_text(device=self._plan.device, sha256=self._plan.digest)
@@ -115,7 +123,7 @@ class ImageWay:
 
 
 class RootfsWay:
-    """The way of a mounted root: installed at once, enrolled at the next boot."""
+    """The way of a mounted root: installed at once, enrolled at the next boot, once."""
 
     def __init__(self, target: RootfsTarget, fleet: Fleet, plan: Plan) -> None:
         self._target = target
@@ -133,14 +141,18 @@ class RootfsWay:
             agrees(settings, fleet.settings, plan.device, torch="torch" in plan.manifest.packages)
         self.occupant = _other(_content(self._folder / "card.json"), plan.device)
         token = _content(self._folder / "join.toml")
-        self._joins = self._enrolled or _is_good(fleet, plan.device, token)
+        self._joins = _is_good(fleet, plan.device, token)
 
     @property
     def _folder(self) -> Path:
         return self._at / card.ROOT_FOLDER[1:]
 
     def intended(self) -> list[str]:
-        """What will be done."""
+        """What will be done. Raises ProvisionError where the first boot was, or where there are no data to train on."""
+        if self._enrolled:
+            raise booted(self._target.name)
+        if self._plan.data is None and not self._has_data():
+            raise no_data(self._target.name)
         release = [] if self._current else [f"install {self._plan.manifest.version}"]
         join = [] if self._joins else ["put settings and a join token", "enrol at the next boot"]
         data = [f"put {self._plan.data.name}"] if self._plan.data else []
@@ -155,6 +167,10 @@ class RootfsWay:
             with steps("join", self._plan.device):
                 self._join()
         return not (self._current and self._joins) or self._plan.data is not None
+
+    def _has_data(self) -> bool:
+        brought = not self.occupant and (self._folder / "data.npz").exists()
+        return brought or (self._at / _DATA).exists()
 
     def _install(self) -> None:
         home = self._at / "opt/fedeq-edge"
@@ -182,6 +198,15 @@ class RootfsWay:
         link = self._at / _WANTS
         link.unlink(missing_ok=True)
         link.symlink_to(f"../{card.UNIT_NAME}")  # what `systemctl --root` does, and needs no systemctl here
+
+
+def booted(name: str) -> ProvisionError:
+    """What is said of a card that is a device already: another first boot would give it a second identity."""
+    return ProvisionError(
+        Exit.BOOTED_CARD,
+        f"{name} has booted already, and a first boot happens once; write its operating system anew, "
+        "or flash the running board: fedeq flash ssh://USER@HOST",
+    )
 
 
 def _mechanism(boot: Fat | None, root: Ext4) -> str:

@@ -2,7 +2,8 @@
 
     fleet.toml              [fleet] and [devices.<id>]; yours to edit, comments stay
     ca/                     the authority (ca.py): the key that nothing makes anew, what it issued, what it took back
-    gateway/                what broker and service need: server.crt, server.key, ca.crt, crl.pem; aggregator.crt, .key
+    gateway/                what broker and service need: server.crt, server.key, ca.crt, crl.pem; aggregator.crt, .key;
+                            crl.new: crl.pem is new, and broker/fedeq-revoked.path has not seen it
     tokens.json             join tokens (tokens.py)
     keys/bundle.key, .pub   Ed25519, signs releases
     tuf/                    what boards may fetch, and the keys that say so (repository.py)
@@ -30,6 +31,7 @@ from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.provision import records
 from fedeq_edge.provision.actions import Action, ActionState, Kind, Report
+from fedeq_edge.provision.brokerlist import MARK
 from fedeq_edge.provision.founding import found
 from fedeq_edge.provision.tokens import LIFETIME_S, Token, Tokens, pin_of
 from fedeq_edge.wire.topics import check_identifier
@@ -222,6 +224,7 @@ class Fleet:
             tokens = self.tokens.void(device)
             certificates = authority.revoke(device)
         write_atomically(self.folder / "gateway" / "crl.pem", authority.crl())
+        write_atomically(self.folder / "gateway" / MARK, b"")
         denied, trouble = self._deny(device)
         return Revoked(certificates=len(certificates), tokens=tokens, denied=denied, trouble=trouble)
 

@@ -32,7 +32,7 @@ _DISK_SPARE_BYTES: Final = 64 * 2**20
 # An idle agent rests at 45 MB and its unit is limited to what a training process adds: 150 MB, 350 MB more with torch.
 _MEMORY_BYTES: Final = 256 * 2**20
 _MEMORY_TORCH_BYTES: Final = 640 * 2**20
-# Certificates are valid from a day before they were issued.
+# What a board that keeps time at all may be behind.
 _CLOCK_SLACK_S: Final = 86_400.0
 _RUN_LIMIT_S: Final = 300.0  # torch needs 14 s to load under emulation on a free core
 
@@ -216,7 +216,8 @@ def _room(facts: Facts, manifest: Manifest) -> list[Finding]:
 def _clock(facts: Facts, now: float) -> list[Finding]:
     if facts.clock is None or facts.clock > now - _CLOCK_SLACK_S:
         return []
-    what = f"its clock says {time.strftime('%Y-%m-%d', time.gmtime(facts.clock))}, so no certificate is valid yet"
+    today = time.strftime("%Y-%m-%d", time.gmtime(now))
+    what = f"its clock says {time.strftime('%Y-%m-%d', time.gmtime(facts.clock))}, and here it is {today}"
     return [_refuse(Exit.CLOCK, what, "set it: `timedatectl set-ntp true`, or `date -s` where there is no network")]
 
 

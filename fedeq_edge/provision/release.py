@@ -49,6 +49,7 @@ from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Sequence  #
 
 AGENT = "fedeq-agent.service"
 UPDATER = "fedeq-updater.service"
+COMMAND = "/opt/fedeq-edge/current/bin/fedeq"  # what /usr/local/bin/fedeq goes to, whichever release that is
 FORMAT = 1
 KEPT = 3  # releases: the current one and two to go back to
 BOOTS = 3  # the start at which an unconfirmed release goes back: two may end in somebody pulling the plug
@@ -591,6 +592,7 @@ class Board:
         self._place_units(version, enable=not state.history)
         if not (self.base / "release.py").exists():  # the unit calls it before it starts
             self._place_installer(version)
+        self._place_command()
 
     def confirm(self) -> None:
         """What `current` shows has proven itself."""
@@ -725,6 +727,19 @@ class Board:
         if theirs.is_file() and not (ours.is_file() and ours.read_bytes() == theirs.read_bytes()):
             self.step("installer")
             self._write(ours, theirs.read_bytes())
+
+    def _place_command(self) -> None:
+        """`fedeq` is on the board's PATH, unless that name is somebody else's there.
+
+        The updater's sandbox may not write it; a flash came before, or the next one brings it.
+        """
+        link = self.root / "usr/local/bin/fedeq"
+        if os.path.lexists(link):
+            return
+        self.step("command")
+        with contextlib.suppress(OSError):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(COMMAND)
 
     # Units
 

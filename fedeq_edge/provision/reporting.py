@@ -168,7 +168,10 @@ def service_of(board: Board) -> str:
     try:
         return msgspec.toml.decode(path.read_bytes(), type=Settings).service
     except OSError as error:
-        raise StateError(f"{path}: {error.strerror}; flash this board, or enrol it: fedeq device enrol") from error
+        raise StateError(
+            f"{path}: {error.strerror}; flash this board, or enrol it: sudo fedeq device enrol --service URL --token "
+            "TOKEN, as fedeq fleet token prints them on the host"
+        ) from error
     except msgspec.DecodeError as error:
         raise StateError(f"{path}: {error}; it has one line, service = an address") from error
 

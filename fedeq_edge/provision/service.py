@@ -21,6 +21,7 @@ import hashlib
 import http.server
 import logging
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -29,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
@@ -48,6 +50,7 @@ RENEW: Final = "/.well-known/est/simplereenroll"
 AUTHORITY: Final = "/.well-known/est/cacerts"
 REPORT: Final = "/v1/report"
 _TUF: Final = ("metadata", "targets")
+_NEXT_ROOT: Final = re.compile(r"/tuf/metadata/\d+\.root\.json")
 
 _BODY_BYTES: Final = 262_144  # the largest report: 40,960 characters, six bytes each where JSON escapes them
 _BLOCK_BYTES: Final = 65_536
@@ -333,13 +336,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _refuse(self, error: FedEqError) -> None:
         told = {"peer": self.client_address[0], "path": ascii(self.path[:200]), "reason": str(error)}
-        logger.warning("refused", extra=told)
+        logger.log(logging.DEBUG if self._is_next_root(error) else logging.WARNING, "refused", extra=told)
         # what is no refusal of the asker's is trouble of our own: a damaged file, a full disk
         status, code = (403, error.exit) if isinstance(error, ProvisionError) else (500, Exit.FAILED)
         if isinstance(error, _Refusal):
             status = error.status
         content = msgspec.json.encode({"exit": int(code), "error": str(error)})
         self._send(status, _Answer(kind="application/json", content=content))
+
+    def _is_next_root(self, error: FedEqError) -> bool:
+        """Whether a board asked for a root that is not made yet: by that it learns that it has the newest one."""
+        missing = isinstance(error, _Refusal) and error.status == HTTPStatus.NOT_FOUND
+        return missing and _NEXT_ROOT.fullmatch(self.path) is not None
 
     def _send(self, status: int, answer: _Answer) -> None:
         if isinstance(answer.content, bytes):

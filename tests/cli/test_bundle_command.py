@@ -43,7 +43,25 @@ def test_inspect_shows_what_a_bundle_says_of_itself(fedeq: "Fedeq", tmp_path: Pa
 
     assert (told["version"], told["models"], told["packages"]) == ("0.1.0+0123456789ab", ["m.onnx"], {"numpy": "2.4.6"})
     assert (told["unpacked_bytes"], told["packed_bytes"]) == (5, bundle.stat().st_size)
-    assert "0.1.0+0123456789ab" in fedeq("bundle", "inspect", bundle).err
+    assert (told["signed"], told["verified"]) == (False, False)
+    shown = fedeq("bundle", "inspect", bundle).err
+    assert "0.1.0+0123456789ab" in shown
+    assert f"not checked: fedeq bundle verify {bundle}" in shown
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_inspect_of_a_damaged_bundle_exits_3_in_one_line_and_shows_nothing(
+    signed: bool, fedeq: "Fedeq", fleet: Fleet, tmp_path: Path
+) -> None:
+    bundle = packed(tmp_path, fleet.folder / "keys/bundle.key" if signed else None)
+    assert json.loads(fedeq("bundle", "inspect", bundle, "--json").out)["signed"] is signed
+    raw = bytearray(bundle.read_bytes())
+    raw[-8] ^= 1  # of gzip's own checksum
+    bundle.write_bytes(raw)
+
+    told = fedeq("bundle", "inspect", bundle, "--json")
+
+    assert (told.status, told.out, told.err.count("\n")) == (3, "", 1)
 
 
 def test_verify_takes_the_key_of_the_fleet(fedeq: "Fedeq", fleet: Fleet, tmp_path: Path) -> None:

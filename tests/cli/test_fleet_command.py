@@ -1,10 +1,11 @@
 """fedeq fleet and fedeq device enrol: what an operator types, and what comes of it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import pytest
 
 from fedeq_edge.errors import Exit
 from fedeq_edge.provision.actions import Report
+from fedeq_edge.provision.brokerlist import BrokerHere
 from fedeq_edge.provision.fleet import Fleet
 from fedeq_edge.transport.broker import free_port
 from tests.conftest import listens, until
@@ -124,6 +126,58 @@ def test_status_shows_what_was_reported_and_who_never_did(fleet: Fleet, fedeq: "
     assert found["pi-02"] is None
 
 
+def test_what_a_device_said_before_it_was_revoked_is_not_shown_as_its_state(fleet: Fleet, fedeq: "Fedeq") -> None:
+    fleet.take_report("pi-01", Report(version="1.0+aa", confirmed=True, healthy=True))
+    fedeq("fleet", "revoke", "pi-01")
+    shown = fedeq("fleet", "status").err
+    assert "1.0+aa" not in shown
+    assert "yes" not in shown
+    assert "report" not in json.loads(fedeq("fleet", "status", "--json").out)["pi-01"]
+
+
+SYSTEMCTL = """\
+#!/bin/sh
+# A systemd with fedeq-revoked.path, whose mosquitto is another one with every list.
+gateway=@HERE@/fleet/gateway
+case "$*" in
+    *fedeq-revoked.path*) echo "Paths=$gateway/crl.new (PathExists)"; echo ActiveState=active ;;
+    *mosquitto.service*) rm -f $gateway/crl.new; sha256sum <$gateway/crl.pem; echo ActiveState=@STATE@ ;;
+esac
+"""
+
+
+@pytest.fixture
+def systemd(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A gateway whose broker takes new lists by itself, and is in this state then."""
+    (programs := here / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+    def put(state: str) -> None:
+        (programs / "systemctl").write_text(SYSTEMCTL.replace("@HERE@", str(here)).replace("@STATE@", state))
+        (programs / "systemctl").chmod(0o755)
+
+    return put
+
+
+def test_revoking_beside_a_broker_that_watches_the_list_says_that_it_is_shut_out(
+    systemd: Callable[[str], None], fleet: Fleet, fedeq: "Fedeq"
+) -> None:
+    systemd("active")
+    told = fedeq("fleet", "revoke", "pi-01", "--json")
+    assert (told.status, json.loads(told.out)["broker"]) == (0, True)
+    assert "the broker has ended its connection" in told.err
+    assert "fedeq aggregator deny" not in told.err
+
+
+def test_a_broker_that_does_not_come_back_with_the_list_is_not_said_to_have_it(
+    systemd: Callable[[str], None], fleet: Fleet
+) -> None:
+    systemd("failed")
+    broker = BrokerHere(fleet.folder)
+    fleet.revoke("pi-01")
+    assert not broker.took_list(seconds=0.3)
+
+
 def test_a_revoked_device_is_told_from_the_others_until_it_is_added_again(fleet: Fleet, fedeq: "Fedeq") -> None:
     fedeq("fleet", "revoke", "pi-01")
     on = fleet.device("pi-01").revoked
@@ -152,9 +206,10 @@ def test_revoking_says_what_is_done_and_what_is_left_to_do(fleet: Fleet, fedeq: 
     fedeq("fleet", "token", "pi-01")
     told = fedeq("fleet", "revoke", "pi-01", "--json")
     assert told.status == 0
-    assert json.loads(told.out) == {"device": "pi-01", "certificates": 0, "tokens": 1, "denied": False, "trouble": ""}
+    untold = {"denied": False, "trouble": "", "broker": False}
+    assert json.loads(told.out) == {"device": "pi-01", "certificates": 0, "tokens": 1, **untold}
     assert "fedeq aggregator deny pi-01" in told.err
-    assert "systemctl reload mosquitto" in told.err
+    assert "fleet/gateway/crl.pem /etc/mosquitto/fedeq-edge && sudo systemctl restart mosquitto" in told.err
 
 
 def test_revoking_fails_loudly_where_the_aggregator_could_not_be_told(here: Path, fedeq: "Fedeq") -> None:

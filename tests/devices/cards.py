@@ -24,6 +24,7 @@ _FAT_AT, _FAT_MIB = 4 * _MIB, 128  # a bundle and room for as much again
 _ROOT_AT, _ROOT_MIB = _FAT_AT + _FAT_MIB * _MIB, 900
 _PARTITIONS: Final = ((_FAT_AT, _FAT_MIB), (_ROOT_AT, _ROOT_MIB))
 _SECTOR: Final = 512
+_RELEASED_S: Final = 120.0
 _TOOLS: Final = ("sfdisk", "mformat", "mcopy", "mke2fs", "debugfs")
 
 
@@ -93,8 +94,8 @@ class Inserted:
     def close(self) -> None:
         """The card is as the board left it, and not mounted."""
         rootfs.must(["umount", str(self.root)])
-        # Another board that starts just then holds a copy of all mounts for a moment.
-        until(lambda: str(self._card.path) not in _behind_loops(), "what the board wrote is on the card")
+        # Another board that starts just then holds a copy of all mounts for a moment, on a busy machine for longer.
+        until(lambda: str(self._card.path) not in _behind_loops(), "what the board wrote is on the card", _RELEASED_S)
         rootfs.must(["mdeltree", "-i", self._card.boot, "::/*"])
         rootfs.must(["mcopy", "-s", "-i", self._card.boot, *map(str, self.firmware.iterdir()), "::/"])
         shutil.rmtree(self.firmware)

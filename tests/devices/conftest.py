@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,11 +57,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class MakeBoard(Protocol):
     """Make a board at the site, not yet booted and gone after the module; see Board for the arguments.
 
-    card: what it boots from; else a system of its own, that nobody has touched.
+    card: what it boots from; else a system of its own, that nobody has touched, with more packages.
     """
 
     def __call__(
-        self, name: str, *, cpu: Cpu | None = None, shown: Mapping[str, Path] | None = None, card: Card | None = None
+        self,
+        name: str,
+        *,
+        cpu: Cpu | None = None,
+        shown: Mapping[str, Path] | None = None,
+        card: Card | None = None,
+        packages: Sequence[str] = (),
     ) -> Board: ...
 
 
@@ -99,13 +105,14 @@ def make_board(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             cpu: Cpu | None = None,
             shown: Mapping[str, Path] | None = None,
             card: Card | None = None,
+            packages: Sequence[str] = (),
         ) -> Board:
             architecture: rootfs.Architecture = "amd64" if cpu is None else "arm64"
             _need(architecture)
             folder = tmp_path_factory.mktemp(name)
             try:
-                disk = rootfs.Layered(architecture, folder) if card is None else Inserted(card, folder)
-            except rootfs.RootfsError as error:  # no overlay file system, no loop device
+                disk = rootfs.Layered(architecture, folder, *packages) if card is None else Inserted(card, folder)
+            except rootfs.RootfsError as error:  # no overlay file system, no loop device, no way to Debian's packages
                 pytest.skip(str(error))
             board = Board(folder, site, name, disk, cpu=cpu, shown=shown)
             boards.callback(board.close)

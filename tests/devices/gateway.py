@@ -98,6 +98,11 @@ class Gateway:
         options = ["--device", device, "--bundle", str(bundle), "--fleet", str(self.fleet), "--json"]
         return self.fedeq("flash", str(card.path), *options, *more)
 
+    def flash_root(self, board: Board, bundle: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        """Flash a board that is off, by its mounted root. The report is JSON on standard output."""
+        options = ["--device", board.name, "--bundle", str(bundle), "--fleet", str(self.fleet), "--json"]
+        return self.fedeq("flash", str(board.root), *options, *more)
+
     def start_flash(self, board: Board, bundle: Path) -> subprocess.Popen[bytes]:
         """The same, without waiting for its end."""
         command = ["env", f"HOME={board.home}", sys.executable, "-m", "fedeq_edge", *self._flash(board, bundle)]

@@ -74,13 +74,16 @@ class Disk(Protocol):
 
 
 class Layered:
-    """A system to be written to, over the one in the cache, which stays as it is. Raises RootfsError."""
+    """A system to be written to, over the one in the cache, which stays as it is. Raises RootfsError.
 
-    def __init__(self, architecture: Architecture, folder: Path) -> None:
+    more: packages beside those that all have.
+    """
+
+    def __init__(self, architecture: Architecture, folder: Path, *more: str) -> None:
         self.root = folder / "root"
         self.root.mkdir()
         self.mounts: Mapping[str, Path] = {}
-        lower = unpacked(architecture)
+        lower = unpacked(architecture, *more)
         with contextlib.ExitStack() as mounting:
             written = mounting.enter_context(scratch(folder / "written"))
             upper, work = written / "upper", written / "work"

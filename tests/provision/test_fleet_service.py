@@ -494,6 +494,16 @@ def test_files_of_the_repository_are_served_to_devices_and_no_others(fleet: Flee
     assert (status, told["exit"]) == (401, Exit.VERIFICATION)
 
 
+def test_asking_for_the_root_after_the_newest_is_how_tuf_works_and_warns_nobody(
+    fleet: Fleet, enrolled: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ca = fleet.folder / "ca" / "ca.crt"
+    for path in ("/tuf/metadata/2.root.json", "/tuf/metadata/2.targets.json"):
+        assert ask(url, path, identity=enrolled, ca=ca)[0] == 404
+    warned = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert [record.__dict__["path"] for record in warned] == ["'/tuf/metadata/2.targets.json'"]
+
+
 def test_a_client_that_says_nothing_stops_nobody(fleet: Fleet, enrolled: Path, service: Service, url: str) -> None:
     with socket.create_connection(("127.0.0.1", service.port)):
         assert report(url, enrolled)[0] == 200

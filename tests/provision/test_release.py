@@ -152,6 +152,29 @@ def test_an_update_brings_its_unit_and_its_installer_and_enables_nothing_again(
     assert not [call for call in calls if call.startswith("enable")]
 
 
+def test_the_command_is_on_the_path_whichever_release_runs(running: FakeBoard, tmp_path: Path) -> None:
+    link = running.root / "usr/local/bin/fedeq"
+    assert str(link.readlink()) == "/opt/fedeq-edge/current/bin/fedeq"
+    running.install(bundle(tmp_path, "v2"))
+    assert str(link.readlink()) == "/opt/fedeq-edge/current/bin/fedeq"
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_a_command_of_that_name_that_is_somebody_elses_stays(kind: str, board: FakeBoard, tmp_path: Path) -> None:
+    (folder := board.root / "usr/local/bin").mkdir(parents=True)
+    theirs = folder / "fedeq"
+    theirs.write_text("theirs") if kind == "file" else theirs.symlink_to("/opt/other/fedeq")
+    assert board.install(bundle(tmp_path, "v1"))[0] == 0
+    assert theirs.read_text() == "theirs" if kind == "file" else str(theirs.readlink()) == "/opt/other/fedeq"
+
+
+def test_a_path_that_cannot_be_written_keeps_no_release_away(board: FakeBoard, tmp_path: Path) -> None:
+    (board.root / "usr").mkdir()
+    (board.root / "usr/local").touch()
+    assert board.install(bundle(tmp_path, "v1"))[0] == 0
+    assert board.runs() == "v1"
+
+
 def test_the_same_release_again_changes_nothing(running: FakeBoard, tmp_path: Path) -> None:
     status, told, _ = running.install(bundle(tmp_path, "v1"))
 
@@ -499,7 +522,6 @@ def test_a_32_bit_system_is_known_by_its_programs_whatever_its_kernel(running: F
 
 def test_a_bundle_for_a_python_that_stands_beside_the_systems_own_is_taken(running: FakeBoard, tmp_path: Path) -> None:
     make_system(running.root, 0x3E)
-    (running.root / "usr/local/bin").mkdir(parents=True)
     (running.root / "usr/local/bin/python3.12").touch()
     status, told, _ = running.install(bundle(tmp_path, "v2", python="3.12"))
     assert (status, told["current"]) == (0, "v2")

@@ -11,10 +11,14 @@ from fedeq_edge import updater
 from fedeq_edge.cli import app
 from fedeq_edge.kit import folder
 from fedeq_edge.provision import release
+from fedeq_edge.provision.brokerlist import MARK
+from fedeq_edge.provision.brokerlist import WATCHER as WATCHER_NAME
 
 AGENT, UPDATER = folder("devices") / release.AGENT, folder("devices") / release.UPDATER
 AGGREGATOR, SERVICE = folder("broker") / "fedeq-aggregator.service", folder("broker") / "fedeq-fleet@.service"
-UNITS = (AGENT, UPDATER, AGGREGATOR, SERVICE)
+REVOKED, WATCHER = folder("broker") / "fedeq-revoked.service", folder("broker") / WATCHER_NAME
+OURS = (AGENT, UPDATER, AGGREGATOR, SERVICE)
+UNITS = (*OURS, REVOKED)
 
 
 def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -52,7 +56,27 @@ def test_the_agent_sees_its_settings_and_its_identity_and_nothing_else_of_etc() 
     ]
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_the_list_of_the_revoked_is_looked_for_where_the_fleets_service_has_its_folder(tmp_path: Path) -> None:
+    (watched,) = re.findall(rf"^PathExists=(.*)/gateway/{MARK}$", WATCHER.read_text(), re.MULTILINE)
+    assert f"--fleet {watched}\n" in SERVICE.read_text()
+    assert f"NEW={watched}/gateway " in REVOKED.read_text()
+    for unit in (REVOKED, WATCHER):
+        shutil.copy(unit, tmp_path)
+    ended = analyze("verify", tmp_path / WATCHER.name)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_what_is_given_to_mosquitto_is_what_its_shipped_settings_read() -> None:
+    (read,) = re.findall(r"^crlfile (.*)$", (folder("broker") / "mosquitto.conf").read_text(), re.MULTILINE)
+    assert f"READ={read}\n" in REVOKED.read_text()
+
+
+@pytest.mark.parametrize("unit", [AGENT, UPDATER], ids=lambda path: path.stem)
+def test_a_board_that_is_not_enrolled_starts_nothing_that_would_fail_for_ever(unit: Path) -> None:
+    assert "ConditionPathExists=/etc/fedeq-edge/device.crt" in unit.read_text().splitlines()
+
+
+@pytest.mark.parametrize("unit", OURS, ids=lambda path: path.stem)
 def test_a_unit_starts_what_the_command_line_or_a_release_has(unit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     started = re.search(r"^ExecStart=/opt/fedeq-edge/(current|venv)/bin/(\S+) ?(.*)$", unit.read_text(), re.MULTILINE)
     assert started is not None

@@ -165,6 +165,7 @@ def built(
     profile: str = "x86-64",
     architecture: str = "",
     python: str = "",
+    config: bytes = b"",
 ) -> Path:
     """A signed bundle. whole: its `fedeq` is the command line under test; else what a board needs of it, quicker."""
     tree = fleet.folder.parent / f"tree-{version}"
@@ -179,6 +180,9 @@ def built(
     (tree / "site/version").write_text(version)
     if broken:
         (tree / "site/broken").touch()
+    if config:
+        (tree / "config").mkdir()
+        (tree / "config/agent.toml").write_bytes(config)
     paths = [path for path in tree.rglob("*") if path.is_file()]
     modes = {path: 0o755 if path.parent.name == "bin" else 0o644 for path in paths}
     manifest = Manifest(
@@ -197,7 +201,7 @@ def built(
 
 
 def system(root: Path, *, machine: int = 183) -> None:
-    """The few files by which a Debian 12 for this e_machine is known."""
+    """The few files by which a Debian 12 for this e_machine is known, and what its user put there to train on."""
     lib = root / "usr/lib/aarch64-linux-gnu"
     (lib / "systemd").mkdir(parents=True)
     (root / "usr/bin").mkdir(parents=True)
@@ -209,6 +213,8 @@ def system(root: Path, *, machine: int = 183) -> None:
     (root / "usr/bin/python3.11").touch()
     (root / "usr/bin/python3").symlink_to("python3.11")
     (root / "etc/hostname").write_text("raspberrypi\n")
+    (root / "var/lib/fedeq-edge").mkdir(parents=True)
+    (root / "var/lib/fedeq-edge/data.npz").write_bytes(b"samples")
 
 
 @dataclass

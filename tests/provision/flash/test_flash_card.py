@@ -147,6 +147,22 @@ def test_a_card_whose_first_boot_has_reported_is_refused(make_card: CardMaker, a
     assert caught.value.exit == Exit.BOOTED_CARD
 
 
+def test_a_card_without_data_is_refused_with_the_option_as_a_board_is(
+    make_card: CardMaker, arm: Path, fleet: Fleet, tmp_path: Path
+) -> None:
+    card = make_card()
+    (data := tmp_path / "mine.npz").write_bytes(b"mine")
+    target = ImageTarget(card.path)
+    assert target.root is not None
+    target.root.remove("var/lib/fedeq-edge/data.npz")
+    before = card.path.read_bytes()
+    with pytest.raises(ProvisionError, match="no data to train on; give its npz with --data") as refused:
+        flashed(card, fleet, arm)
+    assert (refused.value.exit, card.path.read_bytes() == before) == (Exit.MISUSED, True)
+    assert flashed(card, fleet, arm, data=data).changed
+    assert not flashed(card, fleet, arm).changed  # what the first flash brought is still to come
+
+
 def test_a_32_bit_card_is_refused_with_64_bit_os_needed(make_card: CardMaker, arm: Path, fleet: Fleet) -> None:
     with pytest.raises(ProvisionError, match="64-bit OS needed") as caught:
         flashed(make_card(machine=40), fleet, arm)
@@ -273,6 +289,20 @@ def test_a_mounted_root_is_installed_at_once_and_enrols_at_its_next_boot(
     assert not flash(again, fleet, prepare(again, fleet, DEVICE, bundle), sign=never).changed
 
 
+def test_a_mounted_root_without_data_is_refused_with_the_option_as_a_board_is(
+    make_bundle: BundleMaker, fleet: Fleet, tmp_path: Path
+) -> None:
+    root, bundle = tmp_path / "mounted", make_bundle("1.0", architecture="x86_64", python="3.11")
+    system(root, machine=62)
+    (root / "var/lib/fedeq-edge/data.npz").rename(tmp_path / "mine.npz")
+    with pytest.raises(ProvisionError, match="no data to train on; give its npz with --data") as refused:
+        prepare(RootfsTarget(root), fleet, DEVICE, bundle)
+    assert (refused.value.exit, (root / "opt").exists()) == (Exit.MISUSED, False)
+    target = RootfsTarget(root)
+    flash(target, fleet, prepare(target, fleet, DEVICE, bundle, data=tmp_path / "mine.npz"), sign=never)
+    assert prepare(target, fleet, DEVICE, bundle).intended == ["nothing: it is ready for its next boot"]
+
+
 def test_the_plan_of_a_mounted_root_that_gets_nothing_but_data_names_them(
     make_bundle: BundleMaker, fleet: Fleet, tmp_path: Path
 ) -> None:
@@ -305,17 +335,41 @@ def test_a_mounted_root_of_another_device_is_taken_over_before_its_first_boot_an
     assert refused.value.exit is Exit.MISUSED
 
 
+def test_a_mounted_root_that_is_a_device_already_is_refused_as_a_booted_card_is(
+    make_bundle: BundleMaker, fleet: Fleet, sign: Callable[[], Authority], tmp_path: Path
+) -> None:
+    root, bundle = tmp_path / "mounted", make_bundle("1.0", architecture="x86_64", python="3.11")
+    system(root, machine=62)
+    target = RootfsTarget(root)
+    flash(target, fleet, prepare(target, fleet, DEVICE, bundle), sign=never)
+    token = fleet.tokens.waiting(DEVICE, now=0.0)
+    enrolled(root / "etc/fedeq-edge", sign())
+    before, later = tree_of(root), make_bundle("1.1", architecture="x86_64", python="3.11")
+    for data in (None, root / "var/lib/fedeq-edge/data.npz"):
+        with pytest.raises(ProvisionError, match=r"booted already.*fedeq flash ssh://USER@HOST") as refused:
+            prepare(RootfsTarget(root), fleet, DEVICE, later, data=data)
+        assert refused.value.exit is Exit.BOOTED_CARD
+    assert tree_of(root) == before
+    assert fleet.tokens.waiting(DEVICE, now=0.0) == token
+
+
+def enrolled(identity: Path, authority: Authority) -> None:
+    """What a first boot leaves in /etc/fedeq-edge."""
+    (identity / "device.crt").write_bytes(authority.device_certificate(csr(identity, DEVICE), DEVICE))
+    (identity / "ca.crt").write_bytes(authority.pem)
+
+
+def tree_of(root: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 def test_a_mounted_root_whose_certificate_was_revoked_gets_a_token_once_its_device_is_added_again(
     make_bundle: BundleMaker, fleet: Fleet, sign: Callable[[], Authority], tmp_path: Path
 ) -> None:
     root, bundle = tmp_path / "mounted", make_bundle("1.0", architecture="x86_64", python="3.11")
     system(root, machine=62)
-    identity = root / "etc/fedeq-edge"
-    certificate = sign().device_certificate(csr(identity, DEVICE), DEVICE)
-    (identity / "device.crt").write_bytes(certificate)
-    (identity / "ca.crt").write_bytes(sign().pem)
+    enrolled(root / "etc/fedeq-edge", sign())
     target = RootfsTarget(root)
-    assert prepare(target, fleet, DEVICE, bundle).intended == ["install 1.0"]
     fleet.revoke(DEVICE)
     with pytest.raises(ProvisionError, match="fedeq fleet add"):
         prepare(target, fleet, DEVICE, bundle)

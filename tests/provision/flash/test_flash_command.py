@@ -13,6 +13,7 @@ import pytest
 from fedeq_edge.cli import main
 from fedeq_edge.errors import Exit
 from fedeq_edge.provision.actions import Report
+from fedeq_edge.provision.agentfile import agent_toml
 from fedeq_edge.provision.fleet import Fleet
 from tests.provision.flash.board import Board, BundleMaker, CardMaker, Server
 
@@ -105,6 +106,27 @@ def test_a_bundle_that_is_cut_off_is_named_and_the_one_before_it_is_taken(
     assert done.code == 0, done.err
     assert json.loads(done.out)["version"] == "1.0"
     assert f"left out: bundle {newer} is refused" in done.err
+
+
+def test_a_bundle_that_was_built_for_another_device_is_named_and_one_for_this_or_any_is_taken(
+    run: Run, card: str, arm: Path, fleet: Fleet, make_bundle: BundleMaker
+) -> None:
+    fleet.add("pi-02", "raspberry-pi-4")
+    made = {"profile": "raspberry-pi-4", "architecture": "aarch64", "python": "3.11"}
+    its, theirs = (make_bundle(f"of-{one}", config=config_of(fleet, one), **made) for one in ("pi-01", "pi-02"))
+    for age, bundle in enumerate((theirs, its, arm)):
+        os.utime(bundle, (-age, -age))
+    done = run("flash", card, "--device", "pi-01", "--check", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["bundle"] == str(its)
+    assert f"left out: bundle {theirs} was built for another device" in done.err
+    its.unlink()
+    assert json.loads(run("flash", card, "--device", "pi-01", "--check", "--json").out)["bundle"] == str(arm)
+
+
+def config_of(fleet: Fleet, device: str) -> bytes:
+    """What `fedeq bundle build --device` puts into a bundle."""
+    return agent_toml(fleet.settings, device, fleet.device(device), torch=False)
 
 
 def test_a_bundle_that_was_named_and_is_cut_off_is_not_made_up_for(
