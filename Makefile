@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export ORT_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-devices test-runners lint format bench bench-deq bench-wire bench-onnx bench-backends bench-har fuzz clean \
+.PHONY: help install demo test test-devices test-runners lint format bench bench-deq bench-wire bench-onnx bench-backends bench-har bench-flower test-flower fuzz clean \
 	mosquitto boards
 
 help: ## Show this list
@@ -44,6 +44,21 @@ test-devices: $(INSTALLED) mosquitto boards ## Boot boards here, flash and updat
 
 test-runners: $(INSTALLED) ## Run export/ in node, C++, a browser and the oldest onnxruntime: npm, g++, chromium; fetches 700 MB once
 	$(BIN)/python -m pytest -m runners tests/export --durations=10
+
+# Flower's pins are older than ours (protobuf, typer, rich), so it gets an environment of its own.
+FLOWER := .venv-flower
+$(FLOWER)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(FLOWER)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(FLOWER)/bin/python -m pip install --quiet -e '.[flower,torch,onnx,demo]' pytest pytest-timeout
+	@touch $@
+
+test-flower: $(FLOWER)/.installed ## Run the Flower adapter on Flower's own engine; fetches 400 MB once
+	$(FLOWER)/bin/python -m pytest tests/flower --durations=10
+
+bench-flower: $(FLOWER)/.installed ## The same federation by Flower's engine and by our machines: result, CPU, memory, bytes
+	$(FLOWER)/bin/python -m tests.bench.flower 10 50
 
 lint: $(INSTALLED) ## Check format, lint and types
 	$(BIN)/ruff format --check

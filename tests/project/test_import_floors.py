@@ -16,7 +16,20 @@ FLOORS = {
     1: ("deq", "consensus", "masking", "wire", "data"),
     2: ("training", "hardware", "protocol"),
     3: ("transport", "onnx", "storage", "modelfile", "modelform", "orders", "provision", "health", "backends"),
-    4: ("settings", "logs", "serving", "agent", "trainer", "updater", "gateway", "audit", "chaos", "report", "demo"),
+    4: (
+        "settings",
+        "logs",
+        "serving",
+        "agent",
+        "trainer",
+        "updater",
+        "gateway",
+        "audit",
+        "chaos",
+        "report",
+        "demo",
+        "flower",
+    ),
     5: ("cli", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -81,6 +94,10 @@ def test_one_folder_imports_onnx_and_one_module_onnxruntime() -> None:
     assert users_of("onnxruntime") == {"onnx/session.py"}
 
 
+def test_one_folder_imports_flower() -> None:
+    assert {name.split("/")[0] for name in users_of("flwr")} == {"flower"}
+
+
 def test_torch_is_imported_by_the_model_the_local_step_and_the_check_of_exports_alone() -> None:
     users = users_of("torch")
     assert users
@@ -93,7 +110,7 @@ def test_torch_is_imported_by_the_model_the_local_step_and_the_check_of_exports_
     "module", ["agent", "trainer", "gateway", "cli", "protocol.aggregator", "settings", "modelfile"]
 )
 def test_programs_of_gateways_and_idle_agents_load_no_torch_no_onnxruntime_and_no_cryptography(module: str) -> None:
-    heavy = {"torch", "onnxruntime", "onnx", "sklearn", "cryptography"}
+    heavy = {"torch", "onnxruntime", "onnx", "sklearn", "cryptography", "flwr"}
     code = f"import sys, fedeq_edge.{module}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
