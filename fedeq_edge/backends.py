@@ -40,6 +40,11 @@ def open_onnx(graph: bytes, plan: Plan) -> Backend:
             f"train.jacobian_penalty is {plan.jacobian_penalty:g}, and training graphs have no such term; "
             'set it to 0 in the federation, or backend = "torch" on this device'
         )
+    if plan.unrolled:
+        raise ConfigError(
+            f"train.unrolled is {plan.unrolled}, and training graphs keep one evaluation; "
+            'set it to 0 in the federation, or backend = "torch" on this device'
+        )
     from fedeq_edge.onnx.backend import OnnxBackend  # noqa: PLC0415  # onnxruntime, where it is the chosen backend
 
     return OnnxBackend(graph, plan)

@@ -97,9 +97,9 @@ class Trainer:
         self._limits = board.limits if board else _UNKNOWN_BOARD
         cache = Path(setup.cache)
         plan = setup.plan
-        # What a step's cost depends on; the penalty adds products to it.
-        penalised, by = plan.jacobian_penalty > 0.0, (setup.backend, setup.graph_sha256.hex())
-        made_of = (setup.model, plan.batch, plan.budgets, penalised, setup.slowdown, by)
+        # What a step's cost depends on; the penalty adds products to it, unrolling trades them for evaluations.
+        gradient, by = (plan.jacobian_penalty > 0.0, plan.unrolled), (setup.backend, setup.graph_sha256.hex())
+        made_of = (setup.model, plan.batch, plan.budgets, gradient, setup.slowdown, by)
         name = hashlib.sha256(msgspec.json.encode(made_of))
         self._cache = cache.with_name(f"{cache.name}-{name.hexdigest()[:12]}")
         known = storage.load(self._cache, Calibration)

@@ -52,6 +52,7 @@ from fedeq_edge.consensus.open_round import OpenRound
 from fedeq_edge.consensus.privacy import Privacy, Release, clip_factor, noised
 from fedeq_edge.consensus.records import Arrival, Member, PartialSum, RoundReport, Share
 from fedeq_edge.consensus.robust import Contributions, Screen, fuse
+from fedeq_edge.consensus.server import ServerMemory
 from fedeq_edge.errors import ConfigError, ContributionError
 
 
@@ -87,6 +88,7 @@ class Consensus:
         project(self._z, self._constraints)
         self._z_hat: FloatVector = self._z.astype(z.dtype)
         self._screen = Screen(method)
+        self._memory = ServerMemory(method, z.size)
         self._round = OpenRound(z.size)
         self._members = Members(
             z.size,
@@ -145,6 +147,7 @@ class Consensus:
         Raises ContributionError "wrong_shape", "too_large" or "no_samples", and then nothing has changed.
         """
         self._members.join(device, samples, nu)
+        self._memory.join(device, self._z_hat)
 
     def retire(self, device: str) -> None:
         """`device` is gone for good: omega_i nu_i and omega_i kappa_i are out of H and R, its dual is dropped.
@@ -153,6 +156,7 @@ class Consensus:
         want of room: where two liars' huge duals cancelled, H is right modulo 2^64, and right when both are gone.
         """
         self._members.retire(device)
+        self._memory.drop(device)
 
     def set_samples(self, device: str, samples: int) -> None:
         """n_i is `samples` from here on; H and R follow."""
@@ -196,6 +200,7 @@ class Consensus:
         self._members.check_room(f"device {device}", step, arrival.omega, magnitude)
         self._members.advance(device, step, magnitude)
         self._round.add(arrival, step, magnitude)
+        self._memory.put(device, self._z_hat, exact, factor)
         return factor
 
     def retract(self, device: str, difference: FloatVector, kappa: float) -> None:
@@ -210,6 +215,7 @@ class Consensus:
         magnitude = largest(step)
         self._members.take_back(arrival, step, magnitude)
         self._round.take_back(arrival, step, magnitude)
+        self._memory.take_back(device)
 
     def accept_sum(self, partial: PartialSum) -> None:
         """H and the mean of the round that closes next have moved by what these members contribute together.
@@ -300,7 +306,7 @@ class Consensus:
         self._members.close()
         correction = self._correction()
         if moves:
-            self._z = self._z_hat + share * (center + correction)
+            self._z = self._z_hat + self._memory.moved(share * (center + correction))
             project(self._z, self._constraints)
             self._publish(transmit)
         report = self._report(float(np.linalg.norm(self._z - previous)), float(np.linalg.norm(correction)))
@@ -311,6 +317,7 @@ class Consensus:
             majority=self._round.has_majority,
         )
         self._round.clear()
+        self._memory.close()
         return report
 
     # ---- storage -------------------------------------------------------------------------------------------
@@ -323,9 +330,10 @@ class Consensus:
         members, weights = self._members.snapshot()
         sums, arrived = self._round.snapshot()
         steps, screen = self._screen.snapshot()
+        held, owners = self._memory.snapshot()
         return {
-            "arrays": {"z": self.z, "z_hat": self.z_hat, **members, **sums, **steps},
-            "scalars": {**weights, **arrived, "screen": screen},
+            "arrays": {"z": self.z, "z_hat": self.z_hat, **members, **sums, **steps, **held},
+            "scalars": {**weights, **arrived, "screen": screen, **owners},
         }
 
     @classmethod
@@ -345,13 +353,14 @@ class Consensus:
         restored._members.restore(arrays, scalars)
         restored._round.restore(arrays, scalars)
         restored._screen.restore(arrays, scalars["screen"])
+        restored._memory.restore(arrays, scalars)
         return restored
 
     # ---- private -------------------------------------------------------------------------------------------
 
     @property
     def _adds_duals(self) -> bool:
-        return self._method.server == "fresh"
+        return self._method.keeps_duals
 
     @property
     def _rho(self) -> float:
@@ -372,6 +381,8 @@ class Consensus:
         """The mean of the round's differences, or what stands in for it, (p,)."""
         if self._privacy is not None:
             return self._private_mean(self._privacy, release)
+        if self._method.server == "sums":
+            return self._memory.mean(self._members.by_device) - self._z_hat
         if self._method.robust not in ("trimmed", "median"):
             return self._ratio(self._round.S.values, self._round.weight)
         if self._screen.measuring:

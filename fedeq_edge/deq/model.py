@@ -68,8 +68,8 @@ class DEQ(nn.Module):
         self.stem = build_stem(spec).to(dtype)
         self.cell = build_cell(spec)
         self.head = nn.Linear(spec.features, spec.classes, device="meta")
-        self.theta, self.theta_grad = _bind(self, theta_layout(spec), dtype)
-        self.head_vector, self.head_grad = _bind(self, head_layout(spec), dtype)
+        self.theta, self.theta_grad = bind(self, theta_layout(spec), dtype)
+        self.head_vector, self.head_grad = bind(self, head_layout(spec), dtype)
         self._leaves = list(self.parameters())
         self._constraints = constraints(spec)
         self._windows = spec.pool_windows
@@ -208,7 +208,7 @@ def _checked(name: str, vector: NDArray[np.floating], flat: Tensor, layout: Layo
     return torch.from_numpy(checked(name, fresh, layout))
 
 
-def _bind(model: nn.Module, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def bind(model: nn.Module, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(flat parameters, flat gradients), zero, with the named parameters of the model made views of them."""
     flat, gradient = torch.zeros(size(layout), dtype=dtype), torch.zeros(size(layout), dtype=dtype)
     for slot in layout:

@@ -349,7 +349,7 @@ class Course:
             deadline_s=schedule.final_s if final else schedule.deadline_s,
             codec=self.intake.codec_for(birth) or self.federation.up[-1],
             after=member.accepted_round,
-            duals=member.dual if self.federation.method.server == "fresh" else None,
+            duals=member.dual if self.federation.method.keeps_duals else None,
             final=final,
             masking=None if final or self.masked is None else self.masked.terms(device),
         )

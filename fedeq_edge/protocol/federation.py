@@ -47,6 +47,11 @@ class Federation:
             self._check_privacy(self.privacy)
         if self.masking is not None:
             self._check_masking(self.masking)
+        if self.audit and self.method.remembers:
+            raise ConfigError(
+                f"audit: method {self.method.name} has server_momentum or running sums, and the history of a round "
+                "does not hold them; leave out audit"
+            )
 
     def _check_privacy(self, privacy: Privacy) -> None:
         privacy.check(self.method)

@@ -111,7 +111,7 @@ class Intake:
     ) -> None:
         member = self.state.members[device]
         member.accepted_round, member.transfer, member.factor = message.round, transfer, factor
-        if self.federation.method.server == "fresh":
+        if self.federation.method.keeps_duals:
             member.dual = dual_name(member.dual, message.round, kappa, factor, member.transfer)
         current = self.state.open and message.round == self.state.round
         (self.state.contributed if current else self.state.late)[device] = message.metrics

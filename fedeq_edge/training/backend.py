@@ -3,8 +3,9 @@
 A `Backend` is one model behind one library (training/torch_step.py, onnx/backend.py); arrays are numpy's on both sides.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,4 +87,13 @@ class Backend(Protocol):
 
     def solve(self, x: Samples, forward: int) -> tuple[Matrix, Vector]:
         """(features (B, f), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
+        ...
+
+
+@runtime_checkable
+class AnytimeBackend(Backend, Protocol):
+    """A backend whose solves at several budgets share their evaluations."""
+
+    def solve_each(self, x: Samples, budgets: Sequence[int]) -> list[tuple[Matrix, Vector]]:
+        """What `solve` gives at each of these K >= 1, at the price of the largest."""
         ...

@@ -7,6 +7,7 @@ Another backend, or another machine, differs by rounding alone.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,15 @@ from fedeq_edge.training.step import Budget, Calibration, LocalResult, LocalTask
 EVALUATION_BATCH = 256
 # Whoever lets a device rest does not ask it; one that is asked all the same does the least that a plan can hold.
 SLOWEST = 0.01
+
+
+class Subject(NamedTuple):
+    """What a learner works on, for whoever measures it."""
+
+    backend: Backend
+    data: ClientData
+    plan: Plan
+    method: Method
 
 
 class Learner:
@@ -62,6 +72,11 @@ class Learner:
         backend.load(*start)
         self.drift = 1.0
         """Actual over calibrated seconds of a step, learnt by past rounds and used for the next."""
+
+    @property
+    def subject(self) -> Subject:
+        """Its backend, data, plan and method."""
+        return Subject(self._backend, self._data, self._plan, self._method)
 
     @property
     def samples(self) -> int:
@@ -112,12 +127,13 @@ class Learner:
     def personalise(self, z: Vector, head: Vector) -> Personal:
         """The personal model of this device: theta of z (or Ditto's theta near it), with the head refitted.
 
-        A method without exchange has made no consensus: then the model is trained alone, from z as it began.
+        A method without exchange has made no consensus: then the model is trained alone, from z as it began. One that
+        fine-tunes trains body and head from z, and nothing is refitted after that.
 
         K is the middle of the affordable menu. With `heads = "consensus_refit"` the head comes from z and `head` is
         not used.
         """
-        theta, own_head = self._split(z, head)
+        theta, own_head = self.split(z, head)
         self._backend.load(theta, own_head)
         allowance = self._allowance()
         forward = _middle(allowance.menu)
@@ -127,7 +143,10 @@ class Learner:
         elif self._method.ditto:
             near = Pull(z=theta, nu=np.zeros_like(theta), kappa=self._method.ditto)
             self._train_alone(allowance, near)
-        self._refit(forward)
+        if self._method.finetune_epochs:
+            self._finetune(allowance)
+        else:
+            self._refit(forward)
         personal_theta, personal_head = self._backend.parameters()
         rate = proven(personal_theta, self._backend.description)
         return Personal(
@@ -141,6 +160,10 @@ class Learner:
             # last: it leaves the model with other parameters
             local_only=self._local_only(allowance) if self._plan.compare_local else None,
         )
+
+    def own_forward(self) -> int:
+        """The K that this device answers with: the middle of the menu that it affords, for the theta it holds."""
+        return _middle(self._allowance().menu)
 
     # ---- planning ------------------------------------------------------------------------------------------
 
@@ -182,9 +205,9 @@ class Learner:
     def _received(self, task: LocalTask) -> tuple[Vector, Vector]:
         if task.z.shape != task.nu.shape:
             raise ConfigError(f"task: z has shape {task.z.shape} and nu {task.nu.shape}; both belong to one consensus")
-        return self._split(task.z, task.head)
+        return self.split(task.z, task.head)
 
-    def _split(self, z: Vector, head: Vector) -> tuple[Vector, Vector]:
+    def split(self, z: Vector, head: Vector) -> tuple[Vector, Vector]:
         """(theta, head) to start from, of the consensus z and this device's own head."""
         theta_size = len(self._start[0])
         return (z[:theta_size], z[theta_size:]) if self._shares_head else (z, head)
@@ -251,6 +274,14 @@ class Learner:
             descent = self._backend.descent(rate=learning_rate(self._plan, completed), pull=near, seed=completed)
             for rows in self._batches(generator)[: allowance.steps]:
                 self._step(descent, rows, draw_forward(allowance.menu, allowance.menu[-1], generator))
+
+    def _finetune(self, allowance: Allowance) -> None:
+        """Body and head have been trained for the method's epochs from what the model holds."""
+        generator = np.random.default_rng(0)  # as in `_train_alone`
+        rate = self._method.finetune_rate or learning_rate(self._plan, self._plan.rounds)
+        descent = self._backend.descent(rate=rate)
+        for rows in batches(self.samples, self._plan.batch, self._method.finetune_epochs, generator):
+            self._step(descent, rows, draw_forward(allowance.menu, allowance.menu[-1], generator))
 
     def _local_only(self, allowance: Allowance) -> float:
         self._backend.load(*self._start)

@@ -26,8 +26,13 @@ def logits(features: Matrix, head: Vector) -> Matrix:
 
 def cross_entropy(features: Matrix, labels: NDArray[np.int64], head: Vector) -> float:
     """Mean negative log-likelihood of labels (n,), in nats."""
-    chances = _softmax(logits(features, head))
-    return float(-np.log(np.maximum(chances[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)).mean())
+    likely = chances(features, head)
+    return float(-np.log(np.maximum(likely[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)).mean())
+
+
+def chances(features: Matrix, head: Vector) -> Matrix:
+    """(n, classes) softmax of the logits of features (n, f)."""
+    return _softmax(logits(features, head))
 
 
 def accuracy(features: Matrix, labels: NDArray[np.int64], head: Vector) -> float:

@@ -43,6 +43,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     clip: largest norm of the loss's gradient over theta and head together.
     budgets: the range of K over which the fleet trains; a device draws K per batch from those that it can afford.
     adjoint_ratio: k is about K times this.
+    unrolled: 0 takes the gradient at the last evaluation, by k adjoint terms, in the memory of one evaluation. A number
+    is how many of the last evaluations are differentiated through, each of them kept; from K on it is the exact
+    gradient of K evaluations, the start z_0 included: an explicit network of equal payload has budgets = [1] and
+    unrolled = 1. Devices with backend onnx decline.
     jacobian_penalty: lambda of the term lambda / d |J^T eps|^2 in the loss (algorithm.md, section 3), for cells without
     certificate; 0: none. Above 0 each step makes one evaluation with graph beyond its K, and its double backward, which
     doubles a step of K = 6; calibration measures it, so it counts against compute_s. Devices with backend onnx decline.
@@ -65,6 +69,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     weight_decay: float = 0.0
     budgets: tuple[int, ...] = (2, 3, 4, 6, 8, 12)
     adjoint_ratio: float = 0.4
+    unrolled: int = 0
     jacobian_penalty: float = 0.0
     compute_s: float = 30.0
     energy_j: float | None = None
@@ -152,8 +157,9 @@ def _check_counts(plan: Plan) -> None:
             raise ConfigError(f"train.{name} is {getattr(plan, name)}; give at least 1")
     if not plan.budgets or min(plan.budgets) < 1 or max(plan.budgets) > LARGEST_BUDGET:
         raise ConfigError(f"train.budgets is {list(plan.budgets)}; give values of K from 1 to {LARGEST_BUDGET}")
-    if plan.refit_steps < 0:
-        raise ConfigError(f"train.refit_steps is {plan.refit_steps}; give at least 0")
+    for name in ("refit_steps", "unrolled"):
+        if getattr(plan, name) < 0:
+            raise ConfigError(f"train.{name} is {getattr(plan, name)}; give at least 0")
 
 
 def _check_amounts(plan: Plan) -> None:

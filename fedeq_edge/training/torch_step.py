@@ -14,16 +14,49 @@ Nothing here draws from a global generator. Results depend on the number of torc
 """
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fedeq_edge.deq.adjoints import Adjoint, Unrolled
+from fedeq_edge.deq.batch import relative_residual
 from fedeq_edge.deq.description import describe
-from fedeq_edge.deq.model import DEQ
+from fedeq_edge.deq.model import DEQ, Output
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import SolverError
 from fedeq_edge.training.backend import DIVERGED_REMEDY, Labels, Matrix, Measured, Pull, Samples
 from fedeq_edge.training.step import Budget, Plan, Vector
+
+
+class Model(Protocol):
+    """What a descent moves: flat parameters theta and head_vector with flat gradients, as `DEQ` has them."""
+
+    theta: Tensor
+    theta_grad: Tensor
+    head_vector: Tensor
+    head_grad: Tensor
+
+    def forward(self, x: Tensor, *, budget: Budget, adjoint: Adjoint | None = None) -> Output:
+        """The pass whose loss `backward` takes."""
+        ...
+
+    def jacobian_penalty(self, output: Output, generator: torch.Generator) -> Tensor:
+        """The penalty of that pass, a scalar."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradient is added to the flat gradients."""
+        ...
+
+    def zero_grad(self) -> None:
+        """The flat gradients are zero."""
+        ...
+
+    def project(self) -> None:
+        """theta lies in its constraint set."""
+        ...
 
 
 class Descent:
@@ -34,10 +67,11 @@ class Descent:
     """
 
     def __init__(
-        self, model: DEQ, plan: Plan, *, rate: float, pull: Pull | None, frozen_head: bool, seed: int = 0
+        self, model: Model, plan: Plan, *, rate: float, pull: Pull | None, frozen_head: bool, seed: int = 0
     ) -> None:
         self._model, self._plan, self._rate, self._pull = model, plan, rate, pull
         self._frozen_head = frozen_head
+        self._adjoint = Unrolled(steps=plan.unrolled) if plan.unrolled else None
         self._probes = torch.Generator().manual_seed(seed)
         self._w = torch.cat([model.theta, model.head_vector])
         self._velocity = torch.zeros_like(self._w)
@@ -72,7 +106,7 @@ class Descent:
 
     def _differentiate(self, x: Tensor, y: Tensor, budget: Budget) -> Measured:
         self._model.zero_grad()
-        output = self._model(x, budget=budget)
+        output = self._model.forward(x, budget=budget, adjoint=self._adjoint)
         loss = torch.nn.functional.cross_entropy(output.logits, y)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -80,6 +114,7 @@ class Descent:
         if self._plan.jacobian_penalty:
             loss = loss + self._plan.jacobian_penalty * self._model.jacobian_penalty(output, self._probes)
         self._model.backward(loss)
+        assert output.report is not None  # gradients were enabled
         return Measured(
             loss=value,
             residual=float(output.residual.mean()),
@@ -121,3 +156,16 @@ class TorchBackend:
         """(features (B, f), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
         found = self._model.solve(torch.from_numpy(x), budget=forward)
         return self._model.features(found.value).numpy(), found.residual.numpy()
+
+    def solve_each(self, x: Samples, budgets: Sequence[int]) -> list[tuple[Matrix, Vector]]:
+        """What `solve` gives at each of these K, in one walk: the price of the largest."""
+        model, found = self._model, dict[int, tuple[Matrix, Vector]]()
+        with torch.no_grad():
+            injection = model.inject(torch.from_numpy(x))
+            z = model.cell.start(injection)
+            for K in range(1, max(budgets) + 1):
+                fz = model.cell.step(z, injection)
+                if K in budgets:
+                    found[K] = model.features(fz).numpy(), relative_residual(z, fz).numpy()
+                z = fz
+        return [found[K] for K in budgets]

@@ -14,6 +14,11 @@ def test_the_comparison_holds_every_method_of_the_design() -> None:
         "fedper",
         "fedrep",
         "ditto",
+        "fedavg-finetune",
+        "knn-per",
+        "fedavg-momentum",
+        "fedper-momentum",
+        "admm-sums",
         "fedeq-published",
         "quality-average",
     }
@@ -26,6 +31,7 @@ def test_an_unknown_method_is_named_with_the_nearest_known_one() -> None:
 
 def test_only_ours_adds_the_duals_at_the_server_and_only_local_exchanges_nothing() -> None:
     assert [name for name, preset in METHODS.items() if preset.server == "fresh"] == ["admm"]
+    assert [name for name, preset in METHODS.items() if preset.keeps_duals] == ["admm", "admm-sums"]
     assert [name for name, preset in METHODS.items() if not preset.exchange] == ["local"]
 
 
@@ -52,6 +58,15 @@ def test_a_method_travels_and_an_unknown_field_is_refused() -> None:
         ({"min_cosine": -1.0}, "min_cosine is -1.0"),
         ({"robust": "median"}, 'set server = "mean", or robust = "clip"'),
         ({"robust": "trimmed"}, 'set server = "mean", or robust = "clip"'),
+        ({"server": "sums", "duals": False}, 'server = "sums" adds .* needs duals and proximal'),
+        ({"server": "mean", "server_momentum": 1.0}, "server_momentum is 1.0"),
+        ({"server_momentum": 0.5}, 'set server = "mean", or server_momentum = 0'),
+        ({"finetune_epochs": -1}, "finetune_epochs is -1"),
+        ({"finetune_epochs": 1, "finetune_rate": 0.0}, "finetune_rate is 0.0"),
+        ({"neighbours": -3}, "neighbours is -3"),
+        ({"neighbour_scale": 0.0}, "neighbour_scale is 0.0"),
+        ({"ditto": 0.1, "neighbours": 5}, "ditto and neighbours each make a personal model"),
+        ({"server": "mean", "exchange": False, "finetune_epochs": 1}, "exchange = false .* leave out finetune_epochs"),
     ],
 )
 def test_a_setting_out_of_range_is_named(change: dict[str, float | str], message: str) -> None:

@@ -29,11 +29,12 @@ FLOORS = {
         "report",
         "demo",
         "flower",
+        "simulation",
     ),
     5: ("cli", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
-TORCH = {"deq", "backends", "training/torch_step.py", "onnx/verify.py", "onnx/cross.py"}
+TORCH = {"deq", "backends", "training/torch_step.py", "onnx/verify.py", "onnx/cross.py", "simulation/explicit.py"}
 
 
 def modules() -> list[Path]:

@@ -78,6 +78,11 @@ def test_a_penalty_that_graphs_do_not_know_is_refused_with_the_remedy() -> None:
         backend_of("onnx", RESIDUAL, replace(PLAN, jacobian_penalty=0.5))
 
 
+def test_unrolling_that_graphs_do_not_know_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"unrolled is 1.*backend = \"torch\""):
+        backend_of("onnx", SPEC, replace(PLAN, unrolled=1))
+
+
 @pytest.mark.parametrize("backend", ["torch", "onnx"])
 def test_parameters_that_are_not_finite_are_refused_by_name(backend: BackendName) -> None:
     theta, head = initial(SPEC, 0)

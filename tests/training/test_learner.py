@@ -172,6 +172,33 @@ def test_ditto_leaves_z_by_less_the_larger_its_lambda(learner_of: MakeLearner) -
     assert gaps[0] > 2.0 * gaps[1] > 0.0
 
 
+def test_fine_tuning_lowers_the_local_loss_with_body_and_head_and_follows_its_epochs(learner_of: MakeLearner) -> None:
+    data, theta, head = blobs(SPEC), *initial(SPEC, 0)
+    z = np.concatenate([theta, head])
+    losses = []
+    for epochs in (1, 8):
+        method = replace(METHODS["fedavg-finetune"], finetune_epochs=epochs, finetune_rate=0.05)
+        personal = learner_of(method=method).personalise(z, np.zeros(0, np.float32))
+        model = backend_of("torch")
+        model.load(personal.theta, personal.head)
+        features, _ = model.solve(data.x_train, personal.budget.forward)
+        losses.append(cross_entropy(features, data.y_train, personal.head))
+        assert not np.array_equal(personal.theta, theta)
+    model.load(theta, head)
+    assert losses[1] < losses[0] < cross_entropy(model.solve(data.x_train, 4)[0], data.y_train, head)
+
+
+def test_fine_tuning_steps_by_the_rate_at_which_the_plan_ends_if_none_is_given(learner_of: MakeLearner) -> None:
+    z = np.concatenate(initial(SPEC, 0))
+    last = PLAN.learning_rate * PLAN.final_rate
+    tuned = [
+        learner_of(method=replace(METHODS["fedavg-finetune"], finetune_rate=rate)).personalise(z, z[:0]).theta
+        for rate in (None, last, 2.0 * last)
+    ]
+    np.testing.assert_allclose(tuned[0], tuned[1], rtol=1e-6)
+    assert not np.allclose(tuned[0], tuned[2], rtol=1e-6)
+
+
 def test_a_device_without_a_test_part_has_no_accuracy(learner_of: MakeLearner) -> None:
     learner = learner_of(data=blobs(SPEC, tests=0))
     theta, head = initial(SPEC, 0)

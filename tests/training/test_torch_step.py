@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.model import DEQ
+from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.training.backend import Pull
 from fedeq_edge.training.step import Budget, Vector
 from fedeq_edge.training.torch_step import Descent
@@ -41,6 +42,26 @@ def test_the_direction_is_the_gradient_of_the_lagrangian(shares_head: bool) -> N
     descent = Descent(model, replace(PLAN, clip=1e6), rate=0.0, pull=pull, frozen_head=False)
     descent.step(data.x_train, data.y_train, Budget(forward=60, adjoint=60))
     np.testing.assert_allclose(descent.direction().numpy(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [SPEC, RESIDUAL], ids=["dense", "residual"])
+@pytest.mark.parametrize(("forward", "unrolled"), [(1, 1), (3, 3), (3, 8)])
+def test_unrolled_as_far_as_the_budget_is_plain_autograd_the_start_included(
+    spec: ModelSpec, forward: int, unrolled: int
+) -> None:
+    model, data = DEQ(spec), blobs(spec)
+    model.load(*initial(spec, 0))
+    x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
+    pull = Pull(z=model.theta.numpy().copy(), nu=np.zeros_like(model.theta.numpy()), kappa=0.0)
+    expected = unrolled_gradient(model, x, y, pull, steps=forward)
+    found = []
+    for plan in (replace(PLAN, clip=1e6, unrolled=unrolled), replace(PLAN, clip=1e6)):
+        descent = Descent(model, plan, rate=0.0, pull=pull, frozen_head=False)
+        descent.step(data.x_train, data.y_train, Budget(forward=forward, adjoint=0))
+        found.append(descent.direction().numpy())
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-6)
+    # the gradient of an equilibrium leaves out how z_0 depends on the stem: an explicit layer must not be trained so
+    assert not np.allclose(found[1], expected, rtol=1e-2, atol=1e-4)
 
 
 def test_clipping_bounds_the_gradient_of_the_loss_and_not_the_pull() -> None:

@@ -1,0 +1,158 @@
+"""Memory and time of one training step on CIFAR-10's shape: equilibrium models against explicit networks.
+
+memory: what a process of its own holds at most while it trains, above what it holds with its library loaded and warm:
+parameters, gradients, velocity, what the gradient needs of the forward pass, and workspace. The published equilibrium
+model is compared with the ResNet-34 of the same paper (FeDEQ, arXiv 2309.15659); the compact ones are what this project
+recommends. step: median process CPU time on one thread. A table goes to stderr, one JSON line per figure to stdout.
+
+    python -m tests.bench.step_memory                  # all; a minute or two
+    python -m tests.bench.step_memory --only published
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+
+from fedeq_edge.backends import build_graph
+from fedeq_edge.deq.initial import start
+from fedeq_edge.deq.spec import ModelSpec, published
+from fedeq_edge.hardware.memory import keep_heap, peak_rss_bytes, rss_bytes
+from fedeq_edge.simulation.networks import NETWORKS, ExplicitSpec
+from fedeq_edge.training.backend import Backend, Pull
+from fedeq_edge.training.recommend import recommend
+from fedeq_edge.training.step import Budget, Plan
+from tests.bench.figures import Figure
+
+SHAPE: Final = (3, 32, 32)
+CLASSES: Final = 10
+BATCH: Final = 32
+BUDGET: Final = Budget(forward=6, adjoint=2)  # the middle of a plan's menu
+STEPS: Final = 3
+GOAL: Final = 0.5  # of ResNet-34; the papers claim 1 / 1.5
+REFERENCE: Final = "ResNet-34 of the paper"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A model and the library that trains it. goal: the largest share of the reference's memory that counts."""
+
+    spec: ModelSpec | ExplicitSpec
+    library: Literal["torch", "onnx"] = "torch"
+    goal: float | None = None
+
+
+_COMPACT: Final = recommend(SHAPE, CLASSES)[0]
+CASES: Final = {
+    REFERENCE: Case(spec=NETWORKS["resnet34-cifar"](SHAPE, CLASSES)),
+    "ResNet-20 of the paper": Case(spec=NETWORKS["resnet20-cifar"](SHAPE, CLASSES)),
+    "ResNet-14 of the paper": Case(spec=NETWORKS["resnet14-cifar"](SHAPE, CLASSES)),
+    "CNN of FedAvg": Case(spec=NETWORKS["cnn-fedavg"](SHAPE, CLASSES)),
+    "DEQ, published M, torch": Case(spec=published(SHAPE, CLASSES, "M"), goal=GOAL),
+    "DEQ, published S, torch": Case(spec=published(SHAPE, CLASSES, "S"), goal=GOAL),
+    "DEQ, published S, onnx": Case(spec=published(SHAPE, CLASSES, "S"), library="onnx", goal=GOAL),
+    "DEQ, recommended, torch": Case(spec=_COMPACT, goal=GOAL),
+    "DEQ, recommended, onnx": Case(spec=_COMPACT, library="onnx", goal=GOAL),
+}
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one process. bytes: at most, above its baseline. seconds: CPU of a step. parameters: in theta."""
+
+    bytes: int
+    seconds: float
+    parameters: int
+
+
+def backend_of(case: Case, graph: bytes) -> Backend:
+    """The model behind its library, on one thread."""
+    if case.library == "onnx":
+        from fedeq_edge.onnx.backend import OnnxBackend  # noqa: PLC0415  # a process of torch must not load it
+
+        return OnnxBackend(graph, Plan())
+    import torch  # noqa: PLC0415  # as above
+
+    torch.set_num_threads(1)
+    if isinstance(case.spec, ModelSpec):
+        from fedeq_edge.training.torch_step import TorchBackend  # noqa: PLC0415  # as above
+
+        return TorchBackend(case.spec, Plan())
+    from fedeq_edge.simulation.explicit import ExplicitBackend  # noqa: PLC0415  # as above
+
+    return ExplicitBackend(case.spec, Plan())
+
+
+def stepper(case: Case, graph: bytes) -> tuple[Callable[[], object], int]:
+    """(one training step on a batch of noise, parameters in theta)."""
+    backend = backend_of(case, graph)
+    theta, head = start(backend.description, 0)
+    backend.load(theta, head)
+    descent = backend.descent(rate=0.01, pull=Pull(z=theta, nu=np.zeros_like(theta), kappa=0.1))
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((BATCH, *case.spec.input_shape)).astype(np.float32)
+    y = draw.integers(0, case.spec.classes, BATCH)
+    return lambda: descent.step(x, y, BUDGET), theta.size
+
+
+def measure(case: Case, graph: bytes) -> Reading:
+    """In this process, which has trained nothing yet."""
+    keep_heap()  # as the trainer does
+    tiny = Case(spec=ModelSpec(input_shape=(8, 4, 4), classes=2, cell="residual", channels=8), library=case.library)
+    stepper(tiny, build_graph(tiny.spec) if case.library == "onnx" else b"")[0]()  # type: ignore[arg-type]  # a ModelSpec
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of loading a library is not the step's
+    baseline = rss_bytes()
+    step, parameters = stepper(case, graph)
+    seconds = []
+    for _ in range(STEPS):
+        began = time.process_time()
+        step()
+        seconds.append(time.process_time() - began)
+    return Reading(bytes=peak_rss_bytes() - baseline, seconds=statistics.median(seconds), parameters=parameters)
+
+
+def in_a_process_of_its_own(name: str) -> Reading:
+    """What `measure` gives there."""
+    command = [sys.executable, "-m", "tests.bench.step_memory", "--child", name]
+    return msgspec.json.decode(subprocess.run(command, capture_output=True, check=True).stdout, type=Reading)
+
+
+def memory(only: str = "") -> None:
+    """A row per model, over the reference."""
+    reference = in_a_process_of_its_own(REFERENCE)
+    for name, case in CASES.items():
+        if only not in name and name != REFERENCE:
+            continue
+        found = reference if name == REFERENCE else in_a_process_of_its_own(name)
+        Figure(
+            section="memory",
+            name=f"{name} / {REFERENCE}" if name != REFERENCE else name,
+            value=found.bytes / reference.bytes,
+            goal=case.goal,
+            detail=f"{found.bytes / 1e6:.0f} MB, {found.seconds:.3f} s a step, {found.parameters:,} shared parameters",
+        ).show()
+
+
+def main() -> None:
+    """The table, or one child's reading on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="models whose name holds this, beside the reference")
+    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is None:
+        memory(options.only)
+        return
+    case = CASES[options.child]
+    graph = build_graph(case.spec) if isinstance(case.spec, ModelSpec) and case.library == "onnx" else b""
+    print(msgspec.json.encode(measure(case, graph)).decode())
+
+
+if __name__ == "__main__":
+    main()
