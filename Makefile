@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export ORT_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-devices test-runners lint format bench bench-deq bench-wire bench-onnx bench-backends bench-har bench-flower bench-memory test-flower fuzz clean \
+.PHONY: help install demo test test-devices test-runners lint format bench bench-deq bench-wire bench-onnx bench-backends bench-har bench-flower bench-memory bench-simulate test-flower fuzz clean \
 	mosquitto boards
 
 help: ## Show this list
@@ -87,6 +87,9 @@ bench-backends: $(INSTALLED) ## A federation on HAR trained by ONNX graphs again
 
 bench-memory: $(INSTALLED) ## Memory and CPU of one training step: equilibrium models, torch and ONNX, against ResNet-34
 	$(BIN)/python -m tests.bench.step_memory
+
+bench-simulate: $(INSTALLED) ## What a simulated round costs beside training: 100, 1000 and 5000 clients
+	$(BIN)/python -m tests.bench.simulate
 
 fuzz: $(INSTALLED) ## Throw bytes at every decoder, led by coverage, for FUZZ_S seconds (60)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group fuzz

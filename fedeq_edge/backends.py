@@ -1,6 +1,7 @@
 """The library that trains on this machine, loaded when it is asked for: torch, or onnxruntime on a training graph."""
 
 import contextlib
+from collections.abc import Iterator
 
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, ExportError
@@ -19,15 +20,22 @@ def open_torch(spec: ModelSpec, plan: Plan) -> Backend:
     Raises ConfigError where torch is not installed.
     """
     try:
-        import torch  # noqa: PLC0415  # hundreds of megabytes, where it is the chosen backend
+        import torch  # noqa: F401, PLC0415  # hundreds of megabytes, where it is the chosen backend
     except ImportError as error:
         raise ConfigError(
             'backend "torch" is not installed; run pip install \'fedeq-edge[torch]\', or set backend = "onnx"'
         ) from error
     from fedeq_edge.training.torch_step import TorchBackend  # noqa: PLC0415  # as torch
 
-    torch.set_num_threads(1)  # models of this size lose by more, and a device has other work
+    one_thread()
     return TorchBackend(spec, plan)
+
+
+def one_thread() -> None:
+    """torch computes on one thread: models of this size lose by more, and a device has other work."""
+    import torch  # noqa: PLC0415  # as in `open_torch`
+
+    torch.set_num_threads(1)
 
 
 def open_onnx(graph: bytes, plan: Plan) -> Backend:
@@ -60,6 +68,20 @@ def dedicate_process(name: BackendName) -> None:
             import torch  # noqa: PLC0415  # as in `open_torch`
 
             torch.set_flush_denormal(True)
+
+
+@contextlib.contextmanager
+def dedicated(name: BackendName) -> Iterator[None]:
+    """This process trains for a while, with the arithmetic of one that does nothing else (`dedicate_process`)."""
+    dedicate_process(name)
+    try:
+        yield
+    finally:
+        if name == "torch":
+            with contextlib.suppress(ImportError):
+                import torch  # noqa: PLC0415  # as in `open_torch`
+
+                torch.set_flush_denormal(False)
 
 
 def build_graph(spec: ModelSpec) -> bytes:

@@ -167,9 +167,9 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         known = {field.name for field in msgspec.structs.fields(Method)}
         for key in changes:
             if key not in known:
-                raise ConfigError(f"method: {_unknown(key, known)}")
+                raise ConfigError(f"method: {unknown_key(key, known)}")
         merged = {**msgspec.to_builtins(base), **changes}
-        return _convert(merged, Method, "method")
+        return convert(merged, Method, "method")
 
 
 def load(path: Path, kind: type[T], *, options: Mapping[str, Any] | None = None) -> T:
@@ -177,11 +177,11 @@ def load(path: Path, kind: type[T], *, options: Mapping[str, Any] | None = None)
 
     Raises ConfigError in one line: missing file, bad TOML (with its line), unknown key (with the nearest), bad value.
     """
-    merged = _read(path)
-    _merge(merged, _environment(os.environ, kind))
-    _merge(merged, options or {})
-    _check_keys(merged, kind, str(path))
-    return _convert(merged, kind, str(path))
+    merged = read_toml(path)
+    merge(merged, _environment(os.environ, kind))
+    merge(merged, options or {})
+    check_keys(merged, kind, str(path))
+    return convert(merged, kind, str(path))
 
 
 def resolve(base: Path, path: str) -> Path:
@@ -200,7 +200,13 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def changed(base: T, changes: Mapping[str, Any], where: str) -> T:
+    """`base` with these fields. Raises ConfigError naming table and value."""
+    return convert({**msgspec.to_builtins(base), **msgspec.to_builtins(changes)}, type(base), where)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError in one line."""
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError as error:
@@ -248,22 +254,24 @@ def _type_of(kind: Any, keys: Sequence[str]) -> Any:
     return kind
 
 
-def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """`into` has these changes, table by table."""
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+            merge(into[key], value)
         else:
             into[key] = value
 
 
-def _check_keys(table: Mapping[str, Any], kind: type[msgspec.Struct], where: str) -> None:
+def check_keys(table: Mapping[str, Any], kind: type[msgspec.Struct], where: str) -> None:
+    """Every key is one of `kind`, in tables inside it as well. Raises ConfigError naming the nearest."""
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in table.items():
         if key not in fields:
-            raise ConfigError(f"{where}: {_unknown(key, fields)}")
+            raise ConfigError(f"{where}: {unknown_key(key, fields)}")
         inner = _table_of(fields[key])
         if isinstance(value, Mapping) and inner is not None:
-            _check_keys(value, inner, f"{where} [{key}]")
+            check_keys(value, inner, f"{where} [{key}]")
 
 
 def _table_of(kind: Any) -> type[msgspec.Struct] | None:
@@ -272,12 +280,14 @@ def _table_of(kind: Any) -> type[msgspec.Struct] | None:
     return next((choice for choice in choices if issubclass(choice, msgspec.Struct)), None)
 
 
-def _unknown(key: str, known: Mapping[str, Any] | set[str]) -> str:
+def unknown_key(key: str, known: Mapping[str, Any] | set[str]) -> str:
+    """What is wrong with a key that is not among the known ones."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
 
 
-def _convert(table: Mapping[str, Any], kind: type[T], where: str) -> T:
+def convert(table: Mapping[str, Any], kind: type[T], where: str) -> T:
+    """The table as a `kind`. Raises ConfigError naming the value that does not fit."""
     try:
         return msgspec.convert(table, kind)
     except (msgspec.ValidationError, ConfigError) as error:

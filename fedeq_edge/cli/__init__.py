@@ -24,6 +24,7 @@ from fedeq_edge.cli import (
     flash,
     fleet,
     model,
+    simulate,
     update,
 )
 from fedeq_edge.errors import ConfigError, FedEqError, ProvisionError
@@ -39,6 +40,7 @@ _EXTRAS = {
     "asyncssh": "fleet",
     "uv": "fleet",
     "tuf": "fleet",
+    "ray": "ray",
 }
 
 app = typer.Typer(
@@ -64,6 +66,7 @@ device.app.command(name="enrol", epilog=enrol.ENROL_EXAMPLE)(enrol.enrol)
 device.app.command(name="csr", epilog=enrol.CSR_EXAMPLE)(enrol.csr)
 device.app.command(name="update-loop", epilog=update.LOOP_EXAMPLE)(update.update_loop)
 app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.command(name="chaos", epilog=chaos.EXAMPLE)(chaos.chaos)
 app.command(name="flash", epilog=flash.FLASH_EXAMPLE)(flash.flash)
 app.command(name="logs", epilog=flash.LOGS_EXAMPLE)(flash.logs)

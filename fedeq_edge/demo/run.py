@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import msgspec
-import numpy as np
 
 from fedeq_edge import settings
 from fedeq_edge.backends import open_backend
 from fedeq_edge.consensus.methods import method
 from fedeq_edge.data.npz import ClientData, describe, load_fleet, save_client
+from fedeq_edge.demo.source import device_ids, statistics
 from fedeq_edge.demo.summary import data_summary, export_models, read_status, summarise
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, StateError, TransportError
@@ -36,7 +36,6 @@ from fedeq_edge.training.step import BackendName, Plan
 from fedeq_edge.transport import broker as ladder
 from fedeq_edge.transport.mqtt import without_secrets
 from fedeq_edge.wire.coding import Codec
-from fedeq_edge.wire.topics import check_identifier
 
 PROFILES: Final = ("raspberry-pi-zero-2w", "raspberry-pi-4", "x86-64")
 FEDERATION: Final = "demo"
@@ -84,7 +83,7 @@ class Source:
             clients=self.clients,
         )
         describe(fleet)  # the clients fit together, or a DataError says which does not
-        return dict(zip(_device_ids(list(fleet)), fleet.values(), strict=True))
+        return dict(zip(device_ids(list(fleet)), fleet.values(), strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,21 +168,9 @@ def run(options: Options, view: View) -> dict[str, Any]:
 # Preparing
 
 
-def _device_ids(names: Sequence[str]) -> list[str]:
-    """The clients' names where all of them can be ids, and are unlike as such; else numbers in their order."""
-    width = len(str(len(names)))
-    ids = [f"client-{int(name):0{width}d}" if name.isdigit() else name.lower() for name in names]
-    try:
-        for device in ids:
-            check_identifier(device, "client")
-    except ConfigError:
-        ids = []
-    return ids if len(set(ids)) == len(names) else [f"client-{n:0{width}d}" for n in range(1, len(names) + 1)]
-
-
 def _federation(options: Options, fleet: Mapping[str, ClientData]) -> AggregatorSettings:
     summary = describe(fleet)
-    shift, scale = _statistics(fleet)
+    shift, scale = statistics(fleet)
     spec, plan, advised = recommend(summary.shape, summary.classes, shift=shift, scale=scale)
     chosen = advised if options.preset is None else method(options.preset)
     rounds = plan.rounds if options.rounds is None else options.rounds
@@ -218,17 +205,6 @@ def _time_to_train(spec: ModelSpec, plan: Plan, samples: int, backend: BackendNa
     step_s = mean_step_seconds(calibrate_model(opened, plan), sorted(plan.budgets)[:2], plan.adjoint_ratio)
     slowest = max(1.0 / load_profile(board).relative_speed for board in PROFILES)
     return _MARGIN * slowest * steps * step_s / PLANNED_SHARE
-
-
-def _statistics(fleet: Mapping[str, ClientData]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the training samples per channel (one value for all features of dense data).
-
-    A real fleet takes them from what is known of its sensors; a demo has all the data in one place.
-    """
-    x = np.concatenate([data.x_train for data in fleet.values()])
-    axes = (0, *range(2, x.ndim)) if x.ndim > 2 else None
-    scale = np.maximum(x.std(axis=axes), 1e-3)  # a constant channel stays finite
-    return tuple(map(float, np.atleast_1d(x.mean(axis=axes)))), tuple(map(float, np.atleast_1d(scale)))
 
 
 def _folder(wanted: Path | None) -> Path:

@@ -244,6 +244,11 @@ class Aggregator:
 
     # What an operator sees
 
+    @property
+    def extensions(self) -> int:
+        """How often the open round has been given another deadline."""
+        return self._rounds.extensions
+
     def status(self) -> dict[str, Any]:
         """Where the federation stands, for status.json."""
         state, is_open = self.state, self.state.open

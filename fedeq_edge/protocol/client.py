@@ -30,7 +30,7 @@ from fedeq_edge.protocol.actions import ClientAction, Configure, Finished, Perso
 from fedeq_edge.protocol.device_outlet import DeviceOutlet
 from fedeq_edge.protocol.fetching import Fetching
 from fedeq_edge.protocol.graphs import GraphFetching, HoldsGraph
-from fedeq_edge.protocol.ledger import Ledger
+from fedeq_edge.protocol.ledger import Ledger, Shared
 from fedeq_edge.protocol.masked import FEATURE
 from fedeq_edge.protocol.sending import Sending
 from fedeq_edge.protocol.state import ClientState, Pending
@@ -48,7 +48,8 @@ class Client:
     """The machine. Every event takes the time in seconds of a monotonic clock and returns actions in order.
 
     codecs: what this device speaks, and what else it can, as its birth says it. holds_graph: whether a training graph
-    lies on its disk, None where its trainer needs none. link: the way to the aggregator.
+    lies on its disk, None where its trainer needs none. shared: where many clients of one process keep their vectors.
+    link: the way to the aggregator.
     refusals: verdicts against us by code, and messages that were "malformed", since the start.
     """
 
@@ -59,6 +60,7 @@ class Client:
         state: ClientState,
         codecs: tuple[str, ...] = coding.CODECS,
         holds_graph: HoldsGraph | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.identity = identity
         self.topics = topics
@@ -67,7 +69,7 @@ class Client:
         self.refusals: Counter[str] = Counter()
         self.last_refusal = ""
         self._out = DeviceOutlet(topics.up(identity.device))
-        self._ledger = Ledger(state, self._out)
+        self._ledger = Ledger(state, self._out, shared)
         self._fetching = Fetching(self._ledger, self._out)
         self._graphs = GraphFetching(holds_graph, self._out)
         self._sending = Sending(identity.device, FEATURE in codecs, self.link, self._ledger, self._out)
@@ -97,7 +99,7 @@ class Client:
     def arrived(self, topic: str, payload: bytes, now: float) -> list[ClientAction]:
         """A payload came; one that does not follow the protocol is noted and dropped."""
         try:
-            self._dispatch(topic, messages.decode(payload), now)
+            self._dispatch(topic, self._decoded(topic, payload), now)
         except WireError as error:
             self.refusals["malformed"] += 1
             self._out.note("refused a message", topic=topic, reason=str(error))
@@ -185,6 +187,12 @@ class Client:
                 self._advance(now)
         elif topic == self.topics.down(self.identity.device):
             self._on_own(message, received.body, now)
+
+    def _decoded(self, topic: str, payload: bytes) -> messages.Received:
+        shared = self._ledger.shared
+        if shared is None or topic == self.topics.down(self.identity.device):
+            return messages.decode(payload)
+        return shared.decode(topic, payload)
 
     def _on_own(self, message: messages.Message, body: memoryview, now: float) -> None:
         """A message to us alone."""

@@ -88,7 +88,12 @@ class Fetching:
 
     def _take(self, model: messages.Model, body: memoryview) -> None:
         """Hold the consensus that `model` leads to. Raises RemoteWireError where it does not lead to what it says."""
-        held = self.ledger.state
+        held, shared = self.ledger.state, self.ledger.shared
+        known = None if shared is None else shared.consensus.get(model.model)
+        if known is not None and known.size == model.length and model.base in (b"", held.base):
+            self._wants_whole = False
+            self.ledger.stand(known, model.model)
+            return
         z = coding.decode(model.codec, body, model.length)
         if model.base:
             if model.base != held.base or z.size != held.z.size:

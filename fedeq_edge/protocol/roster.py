@@ -18,6 +18,9 @@ class Roster:
     def __contains__(self, device: str) -> bool:
         return device in self._births
 
+    def __len__(self) -> int:
+        return len(self._births)
+
     @property
     def online(self) -> list[str]:
         """All that are here, in alphabetical order."""

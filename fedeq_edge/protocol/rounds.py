@@ -55,9 +55,12 @@ class Rounds:
 
     def may_open(self, now: float) -> bool:
         """Whether a round may open; one that follows a restart is not for the first device alone that is heard."""
+        least = self.federation.schedule.min_devices
+        if self.state.status == "waiting" and len(self.roster) < least:
+            return False  # asked after every birth, so without a look at a thousand devices
         askable = self.roster.askable()
         if self.state.status == "waiting":
-            return len(askable) >= self.federation.schedule.min_devices
+            return len(askable) >= least
         complete = set(self.roster.online) >= self.consensus.members.keys()
         return bool(askable) and (complete or now - self.connected_at >= GATHER_S)
 

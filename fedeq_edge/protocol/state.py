@@ -74,10 +74,14 @@ def settled(state: ClientState, *, accepted: bool, factor: int) -> ClientState:
     difference = coding.decode(message.codec, received.body, message.length)
     nu = state.nu.copy() if state.nu.size else np.zeros(difference.size, np.int64)
     move_dual(nu, difference, pending.kappa, fraction_bits(np.float32), factor)
+    return counted(msgspec.structs.replace(state, nu=nu), pending, factor)
+
+
+def counted(state: ClientState, pending: Pending, factor: int) -> ClientState:
+    """The state once `pending` counts, with its dual renamed; nu itself is as it was given."""
     return msgspec.structs.replace(
         state,
         pending=None,
-        nu=nu,
         dual=dual_name(state.dual, pending.round, pending.kappa, factor, pending.transfer),
         accepted_round=max(pending.round, state.accepted_round),
     )

@@ -102,6 +102,7 @@ class Downloads:
         self._broken_off: dict[str, tuple[bytes, bytes]] = {}  # (name, bitmap) of each device's unfinished transfer
         self._turns = Turns(max(total_bytes, _WINDOW_BYTES))
         self._packet_limit: int | None = None
+        self._named: tuple[bytes, bytes] = (b"", chunks.digest(b""))  # the last blob, which all want, and its name
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -123,7 +124,7 @@ class Downloads:
         """The first pieces to send, none where the device must wait; an earlier transfer to it has ended."""
         self._break_off(device)
         link = self._links.setdefault(device, chunks.Link(packet_limit=self._packet_limit))
-        outgoing = chunks.Outgoing(blob, link)
+        outgoing = chunks.Outgoing(blob, link, self._name(blob))
         name, bitmap = self._broken_off.get(device, (b"", b""))
         if name == outgoing.name:
             outgoing.acknowledge(bitmap, now)
@@ -179,6 +180,11 @@ class Downloads:
         self._packet_limit = packet_limit
         for link in self._links.values():
             link.packet_limit = packet_limit
+
+    def _name(self, blob: bytes) -> bytes:
+        if self._named[0] is not blob:
+            self._named = blob, chunks.digest(blob)
+        return self._named[1]
 
     def _break_off(self, device: str) -> None:
         download = self._of.pop(device, None)

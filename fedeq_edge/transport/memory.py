@@ -4,11 +4,56 @@ Single-threaded and without a clock: `deliver()` moves what is queued, so that a
 passes. It shares the `Transport` seam with MQTT, so the protocol machines run on it unchanged.
 """
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fedeq_edge.transport.base import Arrived, Connected, Disconnected, Event, Traffic, Will, matches
+
+
+class _Index:
+    """Clients by what they subscribe to, so that a message costs what its subscribers cost, not what the fleet does."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[MemoryTransport, int] = {}  # in order of connecting, which is the order of deliveries
+        self._exact: dict[str, dict[MemoryTransport, None]] = {}
+        self._patterns: dict[MemoryTransport, tuple[str, ...]] = {}
+        self._count = itertools.count()
+        self._known: dict[str, list[MemoryTransport]] = {}  # what `of` has found, until somebody comes or goes
+
+    def add(self, client: "MemoryTransport") -> None:
+        """The client hears from now on what it has subscribed to."""
+        self._known.clear()
+        self._numbers[client] = next(self._count)
+        for topic in filter(_is_exact, client.subscriptions):
+            self._exact.setdefault(topic, {})[client] = None
+        patterns = tuple(topic for topic in client.subscriptions if not _is_exact(topic))
+        if patterns:
+            self._patterns[client] = patterns
+
+    def remove(self, client: "MemoryTransport") -> None:
+        """The client hears nothing any more. Raises KeyError where it heard nothing before."""
+        self._known.clear()
+        del self._numbers[client]
+        self._patterns.pop(client, None)
+        for topic in filter(_is_exact, client.subscriptions):
+            self._exact[topic].pop(client, None)
+
+    def of(self, topic: str) -> list["MemoryTransport"]:
+        """Whoever has subscribed to this topic, once each, in order of connecting."""
+        if topic not in self._known:
+            self._known[topic] = self._find(topic)
+        return self._known[topic]
+
+    def _find(self, topic: str) -> list["MemoryTransport"]:
+        found = self._exact.get(topic, {})
+        wide = [client for client, patterns in self._patterns.items() if any(matches(p, topic) for p in patterns)]
+        return sorted({*found, *wide}, key=self._numbers.__getitem__) if wide else list(found)
+
+
+def _is_exact(topic_filter: str) -> bool:
+    return "+" not in topic_filter and "#" not in topic_filter
 
 
 @dataclass(slots=True)
@@ -21,7 +66,8 @@ class MemoryBroker:
     seed: int = 0
     retained: dict[str, bytes] = field(default_factory=dict)
     _queue: list[tuple["MemoryTransport", Arrived]] = field(default_factory=list)
-    _clients: list["MemoryTransport"] = field(default_factory=list)
+    _places: dict[str, int] = field(default_factory=dict)  # of a topic among those retained
+    _clients: _Index = field(default_factory=_Index)
     _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,14 +94,16 @@ class MemoryBroker:
 
     def connect(self, client: "MemoryTransport") -> None:
         """Attach a client and queue the retained messages it subscribes to."""
-        self._clients.append(client)
-        for topic, payload in self.retained.items():
-            self._offer(client, Arrived(topic, payload))
+        self._clients.add(client)
+        self._queue.extend(
+            (client, Arrived(topic, self.retained[topic])) for topic in self._retained_for(client.subscriptions)
+        )
 
     def disconnect(self, client: "MemoryTransport", *, say_will: bool) -> None:
         """Detach a client, drop what was queued for it, publish its will where it vanished."""
         self._clients.remove(client)
-        self._queue = [(to, message) for to, message in self._queue if to is not client]
+        if self._queue:
+            self._queue = [(to, message) for to, message in self._queue if to is not client]
         if say_will and client.will is not None:
             self.publish(client.will.topic, client.will.payload, retain=True)
 
@@ -63,15 +111,18 @@ class MemoryBroker:
         """Queue a message for every subscriber."""
         if retain:
             self.retained[topic] = payload
-        for client in self._clients:
-            self._offer(client, Arrived(topic, payload))
+            self._places.setdefault(topic, len(self._places))
+        message = Arrived(topic, payload)
+        self._queue.extend((client, message) for client in self._clients.of(topic))
 
-    def _offer(self, client: "MemoryTransport", message: Arrived) -> None:
-        if any(matches(pattern, message.topic) for pattern in client.subscriptions):
-            self._queue.append((client, message))
+    def _retained_for(self, subscriptions: tuple[str, ...]) -> list[str]:
+        """Retained topics that a subscription covers, the oldest first; without wildcards a look at each of them."""
+        if all(map(_is_exact, subscriptions)):
+            return sorted(self._places.keys() & set(subscriptions), key=self._places.__getitem__)
+        return [topic for topic in self.retained if any(matches(pattern, topic) for pattern in subscriptions)]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class MemoryTransport:
     """One client of a MemoryBroker. `cut` and `restore` play a lost connection."""
 

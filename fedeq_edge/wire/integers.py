@@ -116,13 +116,13 @@ def _blocked(vector: Vector) -> Vector:
 
 
 def _scales(blocks: Vector) -> NDArray[np.uint16]:
-    """Upper half of each block's largest magnitude as float32, rounded up; 0 where that is below the smallest."""
-    largest = np.abs(blocks)
-    while largest.shape[1] > 1:  # numpy reduces short rows slowly
-        half = largest.shape[1] // 2
-        largest = np.maximum(largest[:, :half], largest[:, half:])
-    largest[largest < _SMALLEST] = 0.0
-    return ((largest.reshape(-1).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
+    """Upper half of each block's largest magnitude as float32, rounded up; 0 where that is below the smallest.
+
+    Magnitudes are ordered as their bits are, and numpy reduces short rows of integers twice as fast as of floats.
+    """
+    largest: NDArray[np.uint32] = np.maximum.reduce(blocks.view(np.uint32) & np.uint32(0x7FFFFFFF), axis=1)
+    largest[largest < _SMALLEST.view(np.uint32)] = 0
+    return ((largest + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
 
 
 def _as_float(scales: NDArray[np.uint16]) -> Vector:

@@ -1,0 +1,157 @@
+"""fedeq simulate: which method, which model, which budgets for a fleet, without one."""
+
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedeq_edge.errors import ConfigError
+
+EXAMPLE = "Example: fedeq simulate --study digits --workers 2"
+
+
+def simulate(
+    experiment: Annotated[Path | None, typer.Argument(help="TOML file of the experiment.")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="One that ships with us, such as digits, instead of a file.")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Who trains: processes here, or Ray actors.")
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes or actors; one per core if not given.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="So many seeds, from 0; those of the file if not given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; fedeq-simulation/NAME if not given.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html beside the results.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
+) -> None:
+    """Run an experiment: whole federations in virtual time, with real training; a run that was stopped goes on."""
+    from fedeq_edge.simulation import experiment as files  # noqa: PLC0415  # numpy and all: other commands do without
+    from fedeq_edge.simulation import run  # noqa: PLC0415
+    from fedeq_edge.simulation.report import write  # noqa: PLC0415
+    from fedeq_edge.simulation.summary import summarise  # noqa: PLC0415
+
+    if (experiment is None) == (study is None):
+        raise ConfigError(f"give the file of an experiment or --study NAME, one of them; {', '.join(files.studies())}")
+    variants = files.study(str(study)) if experiment is None else files.load(experiment)
+    options = run.Options(engine=engine, workers=workers, seeds=seeds, out=out)
+    console = Console(stderr=True)
+    _interrupt_on_signals()
+    try:
+        with _Bar(console) if console.is_terminal else _Lines(console) as view:
+            results = run.run(variants, options, view)
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on", highlight=False)
+        raise typer.Exit(130) from None
+    summary = summarise(results)
+    if report:
+        path = run.out_of(variants, options) / "report.html"
+        write(results, path)
+        console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    _show(console, summary)
+
+
+def _interrupt_on_signals() -> None:
+    """SIGTERM and a closed terminal end the workers as Ctrl-C does."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+
+
+class _Lines:
+    """For logs and pipes: one line a run, and one for each evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def begins(self, name: str, number: int, runs: int, rounds: int) -> None:
+        """Print it."""
+        self._console.print(f"run {number}/{runs}: {name}, {rounds} rounds", highlight=False, soft_wrap=True)
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        """Print an evaluation."""
+        if line["kind"] == "evaluation":
+            self._console.print(
+                f"round {line['round']:4d}  personal {_number(line['personal'])}  "
+                f"consensus {_number(line['consensus'])}  residual {line['residual']:.1e}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+class _Bar:
+    """For a terminal: how far the run is, and what the last evaluation said."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self._progress = Progress(*columns, TextColumn("{task.fields[told]}"), TimeElapsedColumn(), console=console)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "_Bar":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.__exit__(None, None, None)
+
+    def begins(self, name: str, number: int, runs: int, rounds: int) -> None:
+        """A bar for this run."""
+        self._task = self._progress.add_task(f"{number}/{runs} {name}", total=max(rounds, 1), told="")
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        """A round more, or an accuracy."""
+        if self._task is None:
+            return
+        if line["kind"] == "round":
+            self._progress.update(self._task, completed=line["round"])
+        elif line["kind"] == "evaluation":
+            self._progress.update(self._task, told=f"personal {_number(line['personal'])}")
+
+
+def _show(console: Console, summary: Mapping[str, Any]) -> None:
+    """Fits 80 columns with short names; a seed's spread stands below its mean."""
+    caption = (
+        "means over the seeds, ± their standard deviation; worst: of the worst tenth of the clients; "
+        "MB up and down: of the whole run"
+    )
+    table = Table(caption=caption, caption_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("variant", overflow="fold")
+    for name in ("personal", "consensus", "local", "worst", "unseen", "up", "down", "target"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, found in summary["variants"].items():
+        accuracies = (_spread(found[key]) for key in ("personal", "consensus", "local", "worst_tenth", "unseen"))
+        amounts = (_megabytes(found[key]["mean"]) for key in ("bytes_up", "bytes_down"))
+        target = found["rounds_to_target"]["mean"]
+        table.add_row(name, *accuracies, *amounts, "-" if target is None else f"{target:.0f}")
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    return _number(found["mean"]) + ("" if found["sd"] is None else f"\n±{found['sd']:.4f}")
+
+
+def _megabytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.3g}"

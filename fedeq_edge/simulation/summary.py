@@ -1,0 +1,49 @@
+"""What several runs of an experiment come to: mean and spread over the seeds, by variant."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fedeq_edge.simulation.results import Result
+
+ACCURACIES = ("personal", "consensus", "refit", "local", "worst_tenth", "unseen")
+AMOUNTS = ("bytes_up", "bytes_down", "virtual_s", "rounds", "rounds_to_target")
+
+
+def summarise(results: Sequence[Result]) -> dict[str, Any]:
+    """For `--json` and the table: by variant, each number as mean, sd (sample's, None for one seed) and count."""
+    variants: dict[str, list[Result]] = {}
+    for result in results:
+        variants.setdefault(result.header["experiment"]["variant"], []).append(result)
+    return {
+        "experiment": results[0].header["experiment"]["name"],
+        "variants": {name: _variant(found) for name, found in variants.items()},
+    }
+
+
+def _variant(found: Sequence[Result]) -> dict[str, Any]:
+    budgets = found[0].end["at"]
+    return {
+        "method": found[0].header["method"]["name"],
+        "parameters": found[0].header["parameters"],
+        "tuned": found[0].header["tuned"],
+        "seeds": [result.header["seed"] for result in found],
+        "files": [str(result.path) for result in found],
+        **{key: _spread([result.end[key] for result in found]) for key in (*ACCURACIES, *AMOUNTS)},
+        "at": {
+            key: {name: _spread([result.end["at"][key][name] for result in found]) for name in budgets[key]}
+            for key in budgets
+        },
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
+    """Of the runs that have this number."""
+    told = [float(value) for value in values if value is not None]
+    if not told:
+        return {"mean": None, "sd": None, "runs": 0}
+    mean = math.fsum(told) / len(told)
+    if len(told) < 2:
+        return {"mean": mean, "sd": None, "runs": 1}
+    variance = math.fsum((value - mean) ** 2 for value in told) / (len(told) - 1)
+    return {"mean": mean, "sd": math.sqrt(variance), "runs": len(told)}
