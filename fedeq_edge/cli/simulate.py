@@ -22,6 +22,7 @@ def simulate(
     study: Annotated[
         str | None, typer.Option(help="One that ships with us, such as digits, instead of a file.")
     ] = None,
+    data: Annotated[Path | None, typer.Option(help="File of the clients' samples for --study, .npz.")] = None,
     engine: Annotated[
         Literal["local", "ray"], typer.Option(help="Who trains: processes here, or Ray actors.")
     ] = "local",
@@ -41,7 +42,9 @@ def simulate(
 
     if (experiment is None) == (study is None):
         raise ConfigError(f"give the file of an experiment or --study NAME, one of them; {', '.join(files.studies())}")
-    variants = files.study(str(study)) if experiment is None else files.load(experiment)
+    if study is None and data is not None:
+        raise ConfigError("--data belongs to --study; an experiment's file names its data under [data]")
+    variants = files.study(str(study), data) if experiment is None else files.load(experiment)
     options = run.Options(engine=engine, workers=workers, seeds=seeds, out=out)
     console = Console(stderr=True)
     _interrupt_on_signals()

@@ -43,8 +43,9 @@ class DataTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """[data]: file is "digits" or an .npz with one row per sample; x, y, client, test, where, classes name its arrays.
 
     clients: only the first so many; of the digits, how many there are. seed: of the digits' split and of the validation
-    part. validation: share of each client's training data that `[tune]` chooses by, in (0, 1). unseen: clients that
-    are kept out of training and evaluated at the end: their names, or how many of the last ones.
+    part. validation: share of each client's training data that `[tune]` chooses by, in (0, 1); ordered: a client's rows
+    follow each other in time, so that share is its last rows. unseen: clients that are kept out of training and
+    evaluated at the end: their names, or how many of the last ones.
     """
 
     file: str = "digits"
@@ -57,6 +58,7 @@ class DataTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     clients: int | None = None
     seed: int = 0
     validation: float = 0.2
+    ordered: bool = False
     unseen: int | tuple[str, ...] = 0
 
     def __post_init__(self) -> None:
@@ -201,13 +203,22 @@ def load(path: Path) -> list[Variant]:
     return parse(settings.read_toml(path), str(path), base=path)
 
 
-def study(name: str) -> list[Variant]:
-    """The variants of a study that ships with the package. Raises ConfigError naming those there are."""
+def study(name: str, data: Path | None = None) -> list[Variant]:
+    """The variants of a study that ships with the package, on this file of data where it needs one.
+
+    Raises ConfigError naming the studies that there are, or where the file is missing.
+    """
     known = studies()
     if name not in known:
         raise ConfigError(f"there is no study {name!r}; known are {', '.join(known)}")
+    where = f"study {name}"
     with resources.as_file(resources.files(_STUDIES) / f"{name}.toml") as path:
-        return load(path)
+        tables = settings.read_toml(path)
+    if data is not None:
+        tables["data"] = {**tables["data"], "file": str(data.resolve())}
+    elif tables["data"]["file"] != "digits":
+        raise ConfigError(f"{where} runs on {tables['data']['file']}; give that file with --data")
+    return parse(tables, where)
 
 
 def studies() -> list[str]:

@@ -196,7 +196,7 @@ def _check_schedule(schedule: Schedule, plan: Plan, clients: int) -> None:
 
 def _for_tuning(name: str, data: ClientData, table: DataTable) -> ClientData:
     """The client's training data alone, a part of which stands where the test part stood."""
-    held = held_out(data, table.validation, seed=table.seed)
+    held = held_out(data, table.validation, seed=table.seed, ordered=table.ordered)
     if not len(held.y_test):
         raise ConfigError(f"tune: client {name} has {len(data.y_train)} training samples; raise data.validation")
     return held

@@ -9,19 +9,41 @@ from fedeq_edge.data.npz import ClientData
 from fedeq_edge.errors import ConfigError
 
 
-def held_out(data: ClientData, share: float, *, seed: int) -> ClientData:
+def held_out(data: ClientData, share: float, *, seed: int, ordered: bool = False) -> ClientData:
     """`data` with the test part replaced by `share` of its training part, by class, and training on the rest.
 
     The test part is not in the result, so nobody can choose on it. At least one sample stays to train on; a client
-    with a single one has none to choose by. The same seed gives the same split. Where the data has an order (a
-    recording), neighbours in it are alike: cut the last segments instead.
+    with a single one has none to choose by. The same seed gives the same split.
+    ordered: rows are as they were recorded. Neighbours are alike then, or overlap, and a split by lot asks for what
+    training has seen (HAR: 0.99 where the test part says 0.95), so the last rows of each label are held out.
     Raises ConfigError for a share outside (0, 1).
     """
     if not 0.0 < share < 1.0:
         raise ConfigError(f"validation is {share}; give a share of the training data between 0 and 1")
-    chosen = drawn_by_class(data.y_train, share, np.random.default_rng(seed))
     x, y = data.x_train, data.y_train
-    return replace(data, x_train=x[~chosen], y_train=y[~chosen], x_test=x[chosen], y_test=y[chosen])
+    if ordered:
+        chosen, kept = last_by_class(y, share)
+    else:
+        chosen = drawn_by_class(y, share, np.random.default_rng(seed))
+        kept = ~chosen
+    return replace(data, x_train=x[kept], y_train=y[kept], x_test=x[chosen], y_test=y[chosen])
+
+
+def last_by_class(labels: NDArray[np.int64], share: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(n,) bool each: the last `share` of each label's rows, rounded, and the others.
+
+    A row right before a chosen one is in neither: windows of a recording overlap. Of a label with too few rows to
+    choose one, all are kept; the very first row always is.
+    """
+    chosen = np.zeros(labels.size, dtype=np.bool_)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        chosen[rows[rows.size - round(share * rows.size) :]] = True
+    chosen[:1] = False
+    kept = ~chosen
+    kept[:-1] &= ~chosen[1:]
+    kept[:1] = True
+    return chosen, kept
 
 
 def drawn_by_class(labels: NDArray[np.int64], share: float, generator: np.random.Generator) -> NDArray[np.bool_]:

@@ -83,8 +83,14 @@ def test_an_unknown_study_is_told_which_there_are() -> None:
 
 
 @pytest.mark.parametrize("name", experiment.studies())
-def test_every_study_that_ships_can_be_read(name: str) -> None:
-    assert experiment.study(name)
+def test_every_study_that_ships_can_be_read(name: str, tmp_path: Path) -> None:
+    variants = experiment.study(name, tmp_path / "own.npz")
+    assert {variant.experiment.data.file for variant in variants} == {str(tmp_path / "own.npz")}
+
+
+def test_a_study_on_public_data_says_which_file_it_needs() -> None:
+    with pytest.raises(ConfigError, match=r"study har runs on har\.npz; give that file with --data"):
+        experiment.study("har")
 
 
 def test_variants_change_what_they_name_and_nothing_else() -> None:

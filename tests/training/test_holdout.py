@@ -52,3 +52,17 @@ def test_one_sample_at_least_stays_to_train_on() -> None:
 def test_a_share_that_leaves_a_part_empty_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match="between 0 and 1"):
         held_out(numbered(LABELS), share, seed=0)
+
+
+def test_of_a_recording_the_last_rows_of_each_class_are_held_out_and_their_neighbours_are_in_neither_part() -> None:
+    labels = np.repeat(np.arange(3), (10, 20, 1))
+    cut = held_out(numbered(labels), 0.2, seed=0, ordered=True)
+    assert cut.x_test[:, 0].tolist() == [8, 9, 26, 27, 28, 29]
+    assert cut.x_train[:, 0].tolist() == [*range(7), *range(10, 25), 30]
+    assert np.array_equal(labels[cut.x_test[:, 0].astype(int)], cut.y_test)
+
+
+def test_of_a_recording_the_first_row_stays_to_train_on() -> None:
+    cut = held_out(numbered(np.zeros(2, np.int64)), 0.9, seed=0, ordered=True)
+    assert cut.x_train[:, 0].tolist() == [0]
+    assert cut.x_test[:, 0].tolist() == [1]
