@@ -120,18 +120,25 @@ Array load(const std::string& path) {
   return array;
 }
 
-// What the file says of itself, under one of the names in README.md.
-std::string metadata(const Ort::Session& session, const char* key) {
+// What the file says of itself, under one of the names in README.md; `missing` where it says nothing.
+std::string metadata(const Ort::Session& session, const char* key, const char* missing = nullptr) {
   Ort::AllocatorWithDefaultOptions allocator;
   const auto value = session.GetModelMetadata().LookupCustomMetadataMapAllocated(key, allocator);
-  if (!value) throw std::runtime_error(std::string("not written by fedeq-edge (no ") + key + ")");
-  return value.get();
+  if (!value && !missing) throw std::runtime_error(std::string("not written by fedeq-edge (no ") + key + ")");
+  return value ? value.get() : missing;
 }
 
 // version: of the metadata, major.minor; this program reads major version 1.
 void refuse_newer(const std::string& version) {
   if (version.substr(0, version.find('.')) != "1") {
     throw std::runtime_error("the model has schema version " + version + ", this runner reads 1; take a newer one");
+  }
+}
+
+// kind: of the file; a training graph is one of fedeq-edge, too.
+void refuse_other(const std::string& kind) {
+  if (kind != "inference") {
+    throw std::runtime_error("a " + kind + " graph, which does not answer; take what fedeq model export writes");
   }
 }
 
@@ -214,12 +221,19 @@ int run(const Options& options) {
   settings.SetIntraOpNumThreads(1);  // models of this size gain nothing from a second
   Ort::Session session(environment, options.model.c_str(), settings);
   refuse_newer(metadata(session, "fedeq.schema_version"));
+  refuse_other(metadata(session, "fedeq.kind", "inference"));  // early files do not say
   const std::string solver = metadata(session, "fedeq.solver");
   const auto labels = strings(metadata(session, "fedeq.labels"));
   Array x = load(options.samples);
   as_batch(x, session);
-  const auto most = options.max_iter.value_or(static_cast<int64_t>(field(solver, "max_iter")));
-  const Answer answer = infer(session, x, most, options.tol.value_or(static_cast<float>(field(solver, "tol"))));
+  const auto own_most = static_cast<int64_t>(field(solver, "max_iter"));
+  const auto own_tol = static_cast<float>(field(solver, "tol"));
+  const int64_t most = options.max_iter.value_or(own_most);
+  const float tol = options.tol.value_or(own_tol);
+  if (session.GetInputCount() == 1 && (most != own_most || tol != own_tol)) {
+    throw std::runtime_error("unrolled for " + std::to_string(own_most) + " iterations; leave out --max-iter and --tol");
+  }
+  const Answer answer = infer(session, x, most, tol);
   print(answer, labels);
   return !options.check || agrees(answer.logits, load(*options.check)) ? 0 : 1;
 }

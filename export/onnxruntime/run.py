@@ -51,17 +51,19 @@ def _options() -> argparse.Namespace:
 
 
 def _answer(session: Any, x: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    notes = _metadata(session)
     shape = tuple(session.get_inputs()[0].shape[1:])
     x = x[None] if x.shape == shape else x
     if x.shape[1:] != shape:
         raise ValueError(f"samples have shape {x.shape}, expected (batch, {', '.join(map(str, shape))})")
-    notes = _metadata(session)
     solver, labels = json.loads(notes["fedeq.solver"]), json.loads(notes["fedeq.labels"])
     most = solver["max_iter"] if options.max_iter is None else options.max_iter
     tol = solver["tol"] if options.tol is None else options.tol
     feeds = {"x": x, "tol": np.array(tol, np.float32), "max_iter": np.array(most, np.int64)}
-    known = {value.name for value in session.get_inputs()}  # an unrolled file takes x alone
-    feeds = {name: value for name, value in feeds.items() if name in known}
+    if len(session.get_inputs()) == 1:  # an unrolled file takes x alone
+        feeds = {"x": x}
+        if (most, tol) != (solver["max_iter"], solver["tol"]):
+            raise ValueError(f"unrolled for {solver['max_iter']} iterations; leave out --max-iter and --tol")
     rows = zip(*session.run(["logits", "iterations", "residual"], feeds), strict=True)
     return [
         {
@@ -83,6 +85,8 @@ def _metadata(session: Any) -> dict[str, str]:
         raise ValueError(
             f"the model has schema version {version}, this runner reads {SCHEMA_VERSION}; take a newer one"
         )
+    if notes.get("fedeq.kind", "inference") != "inference":
+        raise ValueError(f"a {notes['fedeq.kind']} graph, which does not answer; take what fedeq model export writes")
     return notes
 
 

@@ -12,6 +12,10 @@ export class Model {
     if (version.split(".")[0] !== SCHEMA_VERSION) {
       throw new Error(`the model has schema version ${version}, this runner reads ${SCHEMA_VERSION}; take a newer one`);
     }
+    const kind = told.get("fedeq.kind") ?? "inference";
+    if (kind !== "inference") {
+      throw new Error(`a ${kind} graph, which does not answer; take what fedeq model export writes`);
+    }
     const options = { intraOpNumThreads: 1, interOpNumThreads: 1, logSeverityLevel: 3 };
     return new Model(ort, await ort.InferenceSession.create(bytes, options), told);
   }
@@ -36,7 +40,11 @@ export class Model {
     }
     const { Tensor } = this.ort;
     const feeds = { x: new Tensor("float32", x.data, dims) };
-    if (!this.unrolled) {
+    if (this.unrolled) {
+      if (maxIter !== this.budget || tol !== this.tol) {
+        throw new Error(`unrolled for ${this.budget} iterations; leave out the budget and the tolerance`);
+      }
+    } else {
       feeds.tol = new Tensor("float32", [tol], []);
       feeds.max_iter = new Tensor("int64", [BigInt(maxIter)], []);
     }

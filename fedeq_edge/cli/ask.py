@@ -1,5 +1,7 @@
 """Questions to a model file: whose library answers depends on the file."""
 
+import contextlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 from fedeq_edge import modelfile
 from fedeq_edge.data.npz import load_client
 from fedeq_edge.deq.numeric import NumpyDEQ
+from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.modelform import form
 from fedeq_edge.onnx.recipe import load_recipe
@@ -25,9 +28,9 @@ class Answer:
     labels: tuple[str, ...]
 
 
-def test_part(path: Path) -> tuple[Samples, NDArray[np.int64]]:
-    """(x, y) of the test rows of a device's data file. Raises ConfigError where it has none."""
-    loaded = load_client(path)
+def test_part(path: Path, *, gaps: bool) -> tuple[Samples, NDArray[np.int64]]:
+    """(x, y) of the test rows of a device's data file, with `gaps` as there. Raises ConfigError where it has none."""
+    loaded = load_client(path, gaps=gaps)
     if not len(loaded.y_test):
         raise ConfigError(f"{path} has no test rows; mark some in an array named split")
     return loaded.x_test, loaded.y_test
@@ -36,6 +39,7 @@ def test_part(path: Path) -> tuple[Samples, NDArray[np.int64]]:
 def ask(path: Path, x: Samples, *, budget: int | None, tol: float | None) -> Answer:
     """Answers for x (B, *input_shape): of an ONNX file by onnxruntime, of a .fedeq file by numpy if dense, or torch.
 
+    A .fedeq file that neither can answer here is by the solver graph that it brings, if it was trained by one.
     budget: most evaluations per sample, tol: residual at which one stops (0: never); None: the file's own.
     """
     return (_ask_exported if form(path) == "onnx" else _ask_personal)(path, x, budget, tol)
@@ -57,9 +61,29 @@ def _ask_exported(path: Path, x: Samples, budget: int | None, tol: float | None)
 
 def _ask_personal(path: Path, x: Samples, budget: int | None, tol: float | None) -> Answer:
     found = modelfile.read(path)
-    engine = torch_engine(found) if found.spec.spatial else NumpyDEQ(found.spec, found.theta, found.head)
-    accuracy = load_recipe().tol if tol is None else tol
+    engine, usual, classes = _engine(path, found)
+    accuracy = usual if tol is None else tol
     answer = engine.infer(x, budget=found.budget.forward if budget is None else budget, tol=accuracy or None)
-    names = found.labels or tuple(map(str, range(found.spec.classes)))
+    names = found.labels or tuple(map(str, range(classes)))
     labels = tuple(names[int(row.argmax())] if np.isfinite(row).all() else "?" for row in answer.logits)
     return Answer(answer.logits, answer.evaluations, answer.residual, labels)
+
+
+def _engine(path: Path, found: modelfile.ModelFile) -> tuple[Engine, float, int]:
+    """(what answers, its tolerance if nobody names one, number of classes)."""
+    spec = _known(found)
+    if found.solver and (spec is None or (spec.spatial and importlib.util.find_spec("torch") is None)):
+        from fedeq_edge.onnx.personal import GraphEngine  # noqa: PLC0415  # onnxruntime only where needed
+
+        solved = GraphEngine(path, found)
+        return solved, 0.0, solved.description.classes
+    spec = found.spec
+    own = torch_engine(found) if spec.spatial else NumpyDEQ(spec, found.theta, found.head)
+    return own, load_recipe().tol, spec.classes
+
+
+def _known(found: modelfile.ModelFile) -> ModelSpec | None:
+    """None for a model of a kind that this version does not know."""
+    with contextlib.suppress(ConfigError):
+        return found.spec
+    return None

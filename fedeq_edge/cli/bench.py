@@ -57,7 +57,11 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="fedeq-bench-") as folder:
         exported = form(model) == "onnx"
         asked = _exported(model) if exported else _personal(model, Path(folder), compiled=compiled)
-        x, y = (noise(asked.spec, np.random.default_rng(0), _NOISE_SAMPLES), None) if data is None else test_part(data)
+        x, y = (
+            (noise(asked.spec, np.random.default_rng(0), _NOISE_SAMPLES), None)
+            if data is None
+            else test_part(data, gaps=False)
+        )
         curve = asked.measure(x, y, (asked.own,) if asked.fixed else sizes)
         if memory:
             curve = msgspec.structs.replace(curve, memory_mb=asked.memory_mb())

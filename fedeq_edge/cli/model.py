@@ -126,21 +126,27 @@ def infer(
     tol: Annotated[float | None, typer.Option(min=0.0, help="Residual at which a sample stops; 0: never.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a model about the test part of a data file: .onnx by onnxruntime; .fedeq by numpy if dense, else by torch."""
-    x, y = test_part(data)
+    """Ask a model about the test part of a data file: .onnx by onnxruntime; .fedeq by numpy if dense, else by torch.
+
+    Without torch, or where this version does not know the model, by the solver that it was trained with.
+    """
+    x, y = test_part(data, gaps=True)  # each sample is answered for itself
     answer = ask(model, x, budget=budget, tol=tol)
+    answered = np.isfinite(answer.logits).all(1)
     told = {
         "samples": len(y),
-        "accuracy": float(np.mean(answer.logits.argmax(1) == y)),
+        "unanswered": int((~answered).sum()),
+        "accuracy": float(np.mean(answered & (answer.logits.argmax(1) == y))),
         "iterations_mean": float(answer.iterations.mean()),
-        "residual_max": float(answer.residual.max()),
+        "residual_max": float(answer.residual[answered].max(initial=0.0)),
         "labels": list(answer.labels),
     }
     if as_json:
         typer.echo(json.dumps(finite(told)))
     else:
+        spoilt = f", {told['unanswered']} without an answer, for NaN or infinity" if told["unanswered"] else ""
         typer.echo(
-            f"{told['samples']} samples: accuracy {told['accuracy']:.3f}, {told['iterations_mean']:.1f} evaluations a "
-            f"sample, largest residual {told['residual_max']:.1e}",
+            f"{told['samples']} samples{spoilt}: accuracy {told['accuracy']:.3f}, "
+            f"{told['iterations_mean']:.1f} evaluations a sample, largest residual {told['residual_max']:.1e}",
             err=True,
         )

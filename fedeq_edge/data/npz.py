@@ -55,18 +55,19 @@ class FleetSummary:
     clients: Mapping[str, ClientSummary]
 
 
-def load_client(path: Path) -> ClientData:
+def load_client(path: Path, *, gaps: bool = False) -> ClientData:
     """The data of one device: arrays x (N, ...), y (N,), optional split (N,): True or "test" marks test rows.
 
     Without `split` every fifth row is a test row. Labels are taken as they are: they must mean the same on every
-    device of a federation, which one file cannot show.
+    device of a federation, which one file cannot show. gaps: samples may hold NaN or infinity, which no training takes.
     """
     with _opened(path) as archive:
         stored, y = archive.samples("x"), archive.labels("y")
         _same_length(path, {"x": stored, "y": y})
         test = archive.test_rows("split", y.size) if "split" in archive.names else _every_fifth(y.size)
     x = _as_samples(stored)
-    _check_finite(path, "x", x, rows=np.arange(y.size))
+    if not gaps:
+        _check_finite(path, "x", x, rows=np.arange(y.size))
     return _client(path, path.stem, x, y, test)
 
 

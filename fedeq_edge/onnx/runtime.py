@@ -83,6 +83,7 @@ class Predictor:
         kind = _kind(name, self.metadata)
         if kind != "inference":
             raise ExportError(f"{name}: is a {kind} graph, which does not answer; write one with fedeq model export")
+        _check_ends(name, self._session)
         try:
             solver = json.loads(self.metadata["fedeq.solver"])
             self.budget, self.tol = int(solver["max_iter"]), float(solver["tol"])
@@ -163,6 +164,13 @@ def evaluate(model: bytes, feeds: Mapping[str, NDArray[Any]], name: str = "the m
 
 def _name_of(model: Path | bytes) -> str:
     return "the model" if isinstance(model, bytes) else str(model)
+
+
+def _check_ends(name: str, session: Any) -> None:
+    """Raises ExportError where an answer could not be asked for, or read."""
+    inputs, outputs = ([value.name for value in ends] for ends in (session.get_inputs(), session.get_outputs()))
+    if inputs not in (["x"], ["x", "tol", "max_iter"]) or outputs[:3] != ["logits", "iterations", "residual"]:
+        raise ExportError(f"{name}: has inputs {inputs} and outputs {outputs}, none of an answer; export it again")
 
 
 def _kind(name: str, metadata: Mapping[str, str]) -> str:

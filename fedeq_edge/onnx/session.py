@@ -21,6 +21,7 @@ except ImportError as missing:
 ERRORS_ONLY = 3
 # How onnxruntime 1.15 to 1.31 put it.
 _SIGNS_OF_A_NEWER_FORMAT = ("Unsupported model IR version", "official released onnx opset", "No Op registered for")
+_SIGNS_OF_AN_UNKNOWN_OPERATOR = ("is not a registered function/op", "NOT_IMPLEMENTED", "No Op registered for")
 
 
 def open_session(model: Path | bytes, threads: int, name: str = "the model") -> Any:  # onnxruntime ships no types
@@ -40,7 +41,8 @@ def open_session(model: Path | bytes, threads: int, name: str = "the model") -> 
         label = name if isinstance(model, bytes) else str(model)
         _refuse_newer_format(model, label, str(error))
         reason = str(error).splitlines()[0]
-        remedy = "is it truncated? export it again"
+        unknown = any(sign in reason for sign in _SIGNS_OF_AN_UNKNOWN_OPERATOR)
+        remedy = "export it with fedeq model export" if unknown else "is it truncated? export it again"
         raise ExportError(
             f"{label}: onnxruntime {onnxruntime.__version__} cannot load it ({reason}); {remedy}"
         ) from error

@@ -68,7 +68,8 @@ class SolverGraph:
 def samples(x: NDArray[np.float32], description: Description) -> NDArray[np.float32]:
     """x as a graph takes it. Raises DataError for a shape other than (batch, *input_shape)."""
     if x.shape[1:] != description.input_shape or not len(x):
-        raise DataError(f"training: samples have shape {x.shape}, the model takes (batch, *{description.input_shape})")
+        expected = ", ".join(map(str, description.input_shape))
+        raise DataError(f"graph: samples have shape {x.shape}, the model takes (batch, {expected}), batch >= 1")
     return np.ascontiguousarray(x, dtype=np.float32)
 
 

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from fedeq_edge import modelfile
 from fedeq_edge.deq.budget import LARGEST_BUDGET
 from fedeq_edge.deq.certificate import Certificate, Rate
-from fedeq_edge.deq.layout import size
 from fedeq_edge.deq.numeric import Inference, NumpyDEQ
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.deq.wellposed import proven, rate
@@ -183,20 +182,12 @@ def _by_numpy(path: Path, found: modelfile.ModelFile, spec: ModelSpec) -> Model:
 
 
 def _by_graph(path: Path, found: modelfile.ModelFile) -> Model:
-    """Raises ExportError without onnxruntime, or where no graph solves the model, or another's."""
-    from fedeq_edge.onnx.solver import SolverGraph  # noqa: PLC0415  # onnxruntime only where needed
+    from fedeq_edge.onnx.personal import GraphEngine  # noqa: PLC0415  # onnxruntime only where needed
 
-    if not found.solver:
-        raise ExportError(
-            f'{path} is not for numpy and was trained without a graph (backend = "onnx"): run fedeq model export '
-            f"{path} --out {path.with_suffix('.onnx')} on a host that knows the model"
-        )
-    graph = SolverGraph(found.solver, name=f"{path}: its solver")
-    described = graph.description
-    if (len(found.theta), len(found.head)) != (size(described.theta_layout), size(described.head_layout)):
-        raise ExportError(f"{path}: its parameters are of another model than its solver; copy it from the device again")
+    engine = GraphEngine(path, found)
+    described = engine.description
     return Model(
-        engine=_GraphEngine(graph, found),
+        engine=engine,
         input_shape=described.input_shape,
         labels=found.labels or tuple(map(str, range(described.classes))),
         budget=found.budget.forward,
@@ -225,9 +216,16 @@ def _exported(path: Path) -> Model:
         labels=predictor.labels,
         budget=predictor.budget,
         tol=predictor.tol,
-        facts={"file": path.name, "round": int(told["fedeq.round"]), "weights_sha256": told["fedeq.weights_sha256"]},
+        facts={"file": path.name, **_told(told, path)},
         certify=_stored_certificate(told),
     )
+
+
+def _told(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    try:
+        return {"round": int(metadata["fedeq.round"]), "weights_sha256": metadata["fedeq.weights_sha256"]}
+    except (KeyError, ValueError) as error:
+        raise ExportError(f"{path}: its metadata is damaged ({error}); export the model again") from error
 
 
 def _stored_certificate(metadata: Mapping[str, str]) -> Callable[[int], Certificate | None]:
@@ -246,21 +244,6 @@ def _stored_certificate(metadata: Mapping[str, str]) -> Callable[[int], Certific
         return dataclasses.replace(own, evaluations=evaluations, bound=own.bound * factor)
 
     return proven
-
-
-class _GraphEngine:
-    """A personal model behind its solver graph; it spends the whole budget."""
-
-    def __init__(self, graph: Any, found: modelfile.ModelFile) -> None:  # its class is known where onnxruntime is
-        self._graph, self._theta = graph, found.theta
-        self._weight, self._bias = (slot.view(found.head) for slot in graph.description.head_layout)
-
-    def infer(self, x: Samples, *, budget: int, tol: float | None = None) -> Inference:
-        if tol is not None:
-            raise ConfigError(f"tol {tol}: a solver graph spends the whole budget; leave tol out, or export the model")
-        features, residual = self._graph.solve(x, self._theta, forward=budget)
-        logits = features @ self._weight.T + self._bias
-        return Inference(logits=logits, evaluations=np.full(len(x), budget), residual=residual)
 
 
 class _OnnxEngine:

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from msgspec import to_builtins
+from msgspec.structs import replace
 
 from fedeq_edge import modelfile, orders, storage
 from fedeq_edge.deq.description import describe
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
+from fedeq_edge.onnx.reading import read_training
 from fedeq_edge.onnx.trainer import TrainingGraph
 from fedeq_edge.onnx.training import build_training
 from fedeq_edge.storage import AggregatorFolder, locked
@@ -228,6 +231,43 @@ def test_a_personal_model_of_images_is_answered_with_the_whole_budget_if_no_samp
 ) -> None:
     answer = _json(fedeq, "model", "infer", image, "images.npz", "--budget", "4", "--tol", "0")
     assert (answer["samples"], answer["iterations_mean"]) == (8, 4.0)
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_a_sample_with_a_gap_is_left_without_an_answer_and_spoils_no_other(
+    fedeq: "Fedeq", place: Path, personal: Path, exported: bool
+) -> None:
+    assert fedeq("model", "export", personal, "--no-cross-check").status == 0
+    model = place / "model.onnx" if exported else personal
+    clean = dict(np.load(place / "data.npz"))
+    before = _json(fedeq, "model", "infer", model, "data.npz")
+    x = clean["x"].astype(np.float32)
+    x[14, 1] = np.nan  # every fifth row is a test row
+    np.savez(place / "gaps.npz", **{**clean, "x": x})
+    after = _json(fedeq, "model", "infer", model, "gaps.npz")
+    assert (after["samples"], after["unanswered"]) == (before["samples"], 1)
+    assert after["labels"] == [label if i != 2 else "?" for i, label in enumerate(before["labels"])]
+    assert "8 samples, 1 without an answer, for NaN or infinity: " in fedeq("model", "infer", model, "gaps.npz").err
+
+
+@pytest.mark.parametrize("lacking", ["torch", "the kind of the model"])
+def test_a_personal_model_that_was_trained_by_a_graph_is_answered_by_it_where_nothing_else_can(
+    fedeq: "Fedeq", place: Path, image: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    expected = _json(fedeq, "model", "infer", image, "images.npz", "--tol", "0")
+    found = modelfile.read(image)
+    brought = replace(found, solver=read_training(build_training(found.spec), "graph").solver)
+    if lacking == "torch":
+        monkeypatch.setitem(sys.modules, "torch", None)
+        modelfile.write(image, brought)
+    else:
+        modelfile.write(image, replace(brought, model={**found.model, "cell": "unheard of"}))
+    answer = _json(fedeq, "model", "infer", image, "images.npz")
+    assert answer.pop("residual_max") == pytest.approx(expected.pop("residual_max"), rel=1e-3)
+    assert answer == expected
+    refused = fedeq("model", "infer", image, "images.npz", "--tol", "1e-3")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "leave tol out" in refused.err
 
 
 def test_model_bench_tells_the_curve_of_a_dense_model_by_both_libraries(

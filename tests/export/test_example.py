@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedeq_edge.onnx.runtime import Predictor
-from tests.export.newer import newer_model
+from tests.export.others import newer_model
 
 EXPORT = Path(__file__).parents[2] / "export"
 EXAMPLE = EXPORT / "example"

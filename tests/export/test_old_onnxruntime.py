@@ -39,7 +39,8 @@ graph = TrainingGraph(Path(sys.argv[1]).read_bytes())
 draw = np.random.default_rng(0)
 theta, head = (draw.standard_normal(size).astype(np.float32) / 9 for size in (graph.theta_size, graph.head_size))
 descent = graph.descent(theta, head, rate=0.1, momentum=0.9, clip=1.0)
-x, y = draw.standard_normal((8, *graph.spec.input_shape), np.float32), np.arange(8) % graph.spec.classes
+model = graph.description
+x, y = draw.standard_normal((8, *model.input_shape), np.float32), np.arange(8) % model.classes
 print([descent.step(x, y, forward=6, adjoint=2).loss for _ in range(5)])
 """
 

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.export.newer import newer_model
+from tests.export.others import newer_model, other_model, unrolled_model
 
 pytestmark = [pytest.mark.runners, pytest.mark.timeout(900)]
 
@@ -104,6 +104,14 @@ def check_refusals(*command: str, cwd: Path) -> None:
     done = run(*command, newer_model(BUILD), CHECK[1], cwd=cwd)
     assert (done.returncode, done.stdout) == (1, "")
     assert "the model has schema version 2.0, this runner reads 1" in done.stderr
+    for model, options, reason in (
+        (other_model(BUILD, {"fedeq.kind": "training"}), (), "a training graph, which does not answer"),
+        (unrolled_model(BUILD), ("--max-iter", "3"), "unrolled for 4 iterations; leave out "),
+    ):
+        done = run(*command, model, CHECK[1], *options, cwd=cwd)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        assert reason in done.stderr
+    assert run(*command, unrolled_model(BUILD), CHECK[1], cwd=cwd).stdout.count('"iterations":') == 10
     assert run(*command, *CHECK, "--max-iter", "1", cwd=cwd).returncode == 1  # other answers than the stored ones
 
 

@@ -19,6 +19,7 @@ from fedeq_edge.errors import ConfigError, DataError, ExportError, FedEqError
 from fedeq_edge.kit import folder
 from fedeq_edge.onnx.export import export
 from fedeq_edge.onnx.runtime import Predictor, describe
+from fedeq_edge.onnx.training import build_training
 
 ROOT = Path(__file__).parents[2]
 SPEC = ModelSpec(input_shape=(3, 16), classes=3, channels=8, pool=2)
@@ -160,6 +161,26 @@ def test_files_that_are_no_models_of_ours_are_refused(tmp_path: Path, model: Pat
         assert "\n" not in str(caught.value)
 
 
+def test_an_operator_that_onnxruntime_lacks_is_named_and_not_called_damage(tmp_path: Path, model: Path) -> None:
+    proto = onnx.load(model)
+    proto.opset_import.append(onnx.helper.make_opsetid("vendor", 1))
+    proto.graph.node[0].domain = "vendor"
+    path = tmp_path / "vendor.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ExportError, match=r"vendor:.*; export it with fedeq model export") as caught:
+        Predictor(path)
+    assert "truncated" not in str(caught.value)
+
+
+def test_a_file_of_ours_that_gives_no_answers_is_refused_before_it_is_asked(tmp_path: Path, model: Path) -> None:
+    proto = onnx.load(model)
+    del proto.graph.output[1]
+    path = tmp_path / "silent.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ExportError, match=r"silent\.onnx: has inputs .* and outputs \['logits', 'residual'\]"):
+        Predictor(path)
+
+
 @pytest.mark.parametrize("ask", [Predictor, describe], ids=["Predictor", "describe"])
 @pytest.mark.parametrize(
     ("opset", "ir_version", "schema", "message"),
@@ -272,11 +293,13 @@ def test_the_runner_takes_an_unrolled_file(tmp_path: Path) -> None:
     export(SPEC, *initial(SPEC, 0), tmp_path / "flat.onnx", budget=4, recipe="unrolled")
     np.save(tmp_path / "x.npy", samples(2))
 
-    done = python(
-        str(folder("export") / "onnxruntime" / "run.py"), str(tmp_path / "flat.onnx"), str(tmp_path / "x.npy")
-    )
+    words = str(folder("export") / "onnxruntime" / "run.py"), str(tmp_path / "flat.onnx"), str(tmp_path / "x.npy")
+
+    done, refused = python(*words, "--max-iter", "4"), python(*words, "--max-iter", "3")
 
     assert [json.loads(line)["iterations"] for line in done.stdout.splitlines()] == [4, 4]
+    assert refused.returncode == 1
+    assert refused.stderr == "run.py: unrolled for 4 iterations; leave out --max-iter and --tol\n"
 
 
 def test_the_runner_names_what_does_not_fit(model: Path, tmp_path: Path) -> None:
@@ -287,3 +310,16 @@ def test_the_runner_names_what_does_not_fit(model: Path, tmp_path: Path) -> None
 
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["run.py: samples have shape (4, 4), expected (batch, 3, 16)"]
+
+
+def test_the_runner_says_that_a_training_graph_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "training.onnx").write_bytes(build_training(SPEC))
+    np.save(tmp_path / "x.npy", samples(2))
+
+    done = python(
+        str(folder("export") / "onnxruntime" / "run.py"), str(tmp_path / "training.onnx"), str(tmp_path / "x.npy")
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("run.py: a training graph, which does not answer; ")
+    assert done.stderr.count("\n") == 1

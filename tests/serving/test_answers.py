@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from msgspec.structs import replace
 
@@ -140,6 +141,18 @@ def test_a_damaged_model_leaves_the_older_one_answering(application: Application
     shutil.copy(EXAMPLE / "model.onnx", state / "personal.onnx")
     (state / "personal.fedeq").write_bytes(b"half a file")
     assert application.health().body["model"]["file"] == "personal.onnx"
+
+
+@pytest.mark.parametrize("key", ["fedeq.round", "fedeq.weights_sha256"])
+def test_an_exported_model_without_its_facts_leaves_the_older_one_answering(
+    key: str, application: Application, state: Path
+) -> None:
+    model = onnx.load(EXAMPLE / "model.onnx")
+    facts = {entry.key: entry.value for entry in model.metadata_props if entry.key != key}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, facts)
+    onnx.save(model, state / "personal.onnx")
+    assert application.health().body["model"]["file"] == "personal.fedeq"
 
 
 def test_a_convolutional_model_says_how_to_make_it_answer(application: Application, state: Path) -> None:
