@@ -101,7 +101,7 @@ def main() -> None:
         typer.echo(f"fedeq: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except PermissionError as error:
-        typer.echo(f"fedeq: {error.filename}: permission denied; run it as the owner of that", err=True)
+        typer.echo(f"fedeq: {error.filename}: permission denied; run it as the owner of that, or with sudo", err=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "")

@@ -9,7 +9,8 @@ from fedeq_edge.errors import ConfigError
 
 ENROL_EXAMPLE = "Example: fedeq device enrol --service https://gateway.local:8443 --token fedeq1.pi-01.4f...a1.90...7c"
 CSR_EXAMPLE = "Example: fedeq device csr --device pi-01 --folder /etc/fedeq-edge"
-Folder = Annotated[Path, typer.Option(help="Where key and certificates of this board are.")]
+# not looked at beforehand: root's folder is refused to others by main, which says what to do
+Folder = Annotated[Path, typer.Option(readable=False, help="Where key and certificates of this board are.")]
 _HERE = Path("/etc/fedeq-edge")
 
 

@@ -148,7 +148,7 @@ def token(
         typer.echo(json.dumps({"device": device, "token": str(made), "service": service, "hours": hours}))
         return
     typer.echo(str(made))
-    _say(f"good for {hours:g} hours; on the board: fedeq device enrol --service {service} --token TOKEN")
+    _say(f"good for {hours:g} hours; on the board: sudo fedeq device enrol --service {service} --token TOKEN")
 
 
 @app.command(epilog="Example: fedeq fleet serve --listen 192.168.1.10:8443")

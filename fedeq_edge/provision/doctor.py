@@ -37,6 +37,8 @@ _EXTRAS: Final = {
     "host": {"cryptography": "fleet", "asyncssh": "fleet", "tuf": "fleet", "uv": "fleet"},
     "device": {"cryptography": "board", "tuf": "board", "onnxruntime": "board"},
 }
+_FLASH: Final = "on the host: fedeq flash, once more"
+_ENROL: Final = "sudo fedeq device enrol --service URL --token TOKEN, as fedeq fleet token prints them on the host"
 _RENEW: Final = "journalctl -u fedeq-updater.service; then enrol anew: fedeq device enrol --help"
 
 
@@ -102,9 +104,7 @@ def _looks(here: Here, clock: Clock) -> Iterator[Callable[[], Iterable[Check]]]:
     if here.root is not None:
         root = here.root
         yield lambda: _releases(root)
-        yield lambda: certificates([root / "etc/fedeq-edge/device.crt"], clock, _RENEW)
-        yield lambda: _board_link(root)
-        yield lambda: _units((AGENT, UPDATER))
+        yield lambda: _identity(root, clock)
 
 
 def _machine(here: Here, clock: Clock) -> Iterator[Check]:
@@ -184,8 +184,15 @@ def _state(folder: Path, config: Config) -> Check:
 
 def _releases(root: Path) -> Iterator[Check]:
     home = root / "opt/fedeq-edge"
-    state = json.loads((home / "state.json").read_bytes())
-    current = (home / "current").readlink().name
+    try:
+        state = json.loads((home / "state.json").read_bytes())
+        current = (home / "current").readlink().name
+    except FileNotFoundError as error:
+        yield check("release", f"{error.filename} is missing", fail=True, remedy=_FLASH)
+        return
+    except ValueError as error:
+        yield check("release", f"{home}/state.json is damaged ({error})", fail=True, remedy=_FLASH)
+        return
     saw = f"{current}, {'confirmed' if state['confirmed'] == current else 'on trial'}; before it: {state['previous']}"
     trial = state["confirmed"] != current
     yield check("release", saw, warn=trial, remedy="sudo python3 /opt/fedeq-edge/release.py status")
@@ -195,11 +202,23 @@ def _releases(root: Path) -> Iterator[Check]:
         yield Check(name="last update", saw=saw, verdict="warn", remedy=f"journalctl -u {AGENT}")
 
 
+def _identity(root: Path, clock: Clock) -> Iterator[Check]:
+    """Who the board is, and what runs as that: units without a certificate stay off, and no restart starts them."""
+    certificate = root / "etc/fedeq-edge/device.crt"
+    if not certificate.exists():
+        saw = f"not enrolled, {certificate} is missing: neither agent nor updater starts"
+        yield check("identity", saw, fail=True, remedy=_ENROL)
+        return
+    yield from guarded(lambda: certificates([certificate], clock, _RENEW))
+    yield from guarded(lambda: _board_link(root))
+    yield from _units((AGENT, UPDATER))
+
+
 def _board_link(root: Path) -> Iterator[Check]:
     identity = root / "etc/fedeq-edge"
     settings = identity / "updater.toml"
     if not settings.exists():
-        yield check("service", f"{settings} is missing", fail=True, remedy="on the host: fedeq flash, once more")
+        yield check("service", f"{settings} is missing", fail=True, remedy=_FLASH)
         return
     yield service(str(tomllib.loads(settings.read_text())["service"]), identity / "ca.crt", settings)
 

@@ -60,6 +60,9 @@ def gateway(folder: Path, clock: Clock) -> Iterator[Check]:
     from cryptography import x509  # noqa: PLC0415  # an extra
 
     path = folder / "gateway" / "server.crt"
+    if not path.exists():
+        yield check("certificate", f"{path} is missing", fail=True, remedy=ANEW)
+        return
     yield from certificates([path], clock, ANEW, _GATEWAY_WARN_S)
     yield from certificates([folder / "ca" / "ca.crt"], clock, "found a new fleet, and flash its boards anew")
     certificate = x509.load_pem_x509_certificate(path.read_bytes())

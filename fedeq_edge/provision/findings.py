@@ -32,8 +32,14 @@ def guarded(one: Callable[[], Iterable[Check]]) -> Iterator[Check]:
     except ModuleNotFoundError as error:
         remedy = "pip install 'fedeq-edge[fleet]', or [board] on a device"
         yield Check(name="trouble", saw=f"{error.name} is not installed", verdict="fail", remedy=remedy)
-    except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+    except PermissionError as error:
         yield Check(name="trouble", saw=str(error), verdict="fail", remedy="run it as root, with sudo")
+    except FileNotFoundError as error:
+        saw = f"{error.filename} is missing"
+        yield Check(name="trouble", saw=saw, verdict="fail", remedy="put it back from a backup")
+    except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+        saw = f"{type(error).__name__}: {error}"
+        yield Check(name="trouble", saw=saw, verdict="fail", remedy="ask for help with: fedeq doctor --bundle FILE.zip")
 
 
 def check(name: str, saw: str, *, fail: bool = False, warn: bool = False, remedy: str = "") -> Check:

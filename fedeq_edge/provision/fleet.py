@@ -3,7 +3,7 @@
     fleet.toml              [fleet] and [devices.<id>]; yours to edit, comments stay
     ca/                     the authority (ca.py): the key that nothing makes anew, what it issued, what it took back
     gateway/                what broker and service need: server.crt, server.key, ca.crt, crl.pem; aggregator.crt, .key;
-                            crl.new: crl.pem is new, and broker/fedeq-revoked.path has not seen it
+                            crl.new, crl.taken: crl.pem is new, and mosquitto does not have it yet (broker/)
     tokens.json             join tokens (tokens.py)
     keys/bundle.key, .pub   Ed25519, signs releases
     tuf/                    what boards may fetch, and the keys that say so (repository.py)

@@ -218,6 +218,12 @@ def roll_out(
     try:
         for number, wave in enumerate(waves(devices, plan.canary), 1):
             told(f"wave {number}: {', '.join(wave)}")
+            for device in wave:
+                if fleet.heard(device) is None:
+                    told(
+                        f"{device} was never heard from: waiting {plan.timeout_s:g} s for it; Ctrl-C ends that, "
+                        f"fedeq doctor {device} tells what is known of it"
+                    )
             way.go(wave, number)
             if way.has_failed:
                 break

@@ -90,7 +90,7 @@ def test_a_board_enrols_at_the_service_and_a_second_one_with_its_token_does_not(
     printed = fedeq("fleet", "token", "pi-01")
     token = printed.out.strip()
     assert token.startswith("fedeq1.pi-01.")
-    assert "fedeq device enrol --service https://127.0.0.1:8443 --token" in printed.err
+    assert "on the board: sudo fedeq device enrol --service https://127.0.0.1:8443 --token" in printed.err
     told = fedeq("device", "enrol", "--service", service, "--token", token, "--folder", "board")
     assert (told.status, told.out) == (0, "")
     made = {"ca.crt", "device.crt", "device.key", "root.json", "updater.toml"}

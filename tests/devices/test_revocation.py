@@ -6,7 +6,7 @@ import time
 import pytest
 
 from fedeq_edge import kit
-from fedeq_edge.provision.brokerlist import MARK, WATCHER
+from fedeq_edge.provision.brokerlist import MARK, TAKEN, WATCHER
 from fedeq_edge.provision.fleet import Fleet
 from tests.conftest import until
 from tests.devices.board import Board
@@ -29,7 +29,8 @@ systemctl restart mosquitto
 systemctl enable --now fedeq-revoked.path
 """
 SAME = f"cmp {FOLDER}/fleet/gateway/crl.pem /etc/mosquitto/fedeq-edge/crl.pem"
-RUNS = f"systemctl is-active --quiet mosquitto && ! test -e {FOLDER}/fleet/gateway/{MARK}"
+NO_MARK = " && ".join(f"! test -e {FOLDER}/fleet/gateway/{mark}" for mark in (MARK, TAKEN))
+RUNS = f"systemctl is-active --quiet mosquitto && {NO_MARK}"
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +98,16 @@ def test_a_dozen_boards_revoked_at_once_leave_a_broker_that_runs_and_knows_of_al
     until(lambda: machine.ssh(SAME, check=False).returncode == 0, "mosquitto has the last list")
     until(lambda: machine.ssh(RUNS, check=False).returncode == 0, "mosquitto runs")
     assert machine.says("systemctl is-active fedeq-revoked.path") == "active"
+
+
+def test_a_list_that_could_not_be_given_to_the_broker_is_given_once_that_can_be(fleet: Gateway, machine: Board) -> None:
+    machine.ssh("mv /etc/mosquitto/fedeq-edge /root/aside")
+    opened = Fleet.open(fleet.fleet)
+    opened.add("box-40", "x86-64")
+    opened.revoke("box-40")
+    failed = "journalctl --unit fedeq-revoked.service --output cat | grep -q \"Failed with result 'exit-code'\""
+    begun = f"test -e {FOLDER}/fleet/gateway/{TAKEN} && ! test -e {FOLDER}/fleet/gateway/{MARK}"
+    until(lambda: machine.ssh(begun, check=False).returncode == 0, "the list is being given")
+    until(lambda: machine.ssh(failed, check=False).returncode == 0, "that fails")
+    machine.ssh("mv /root/aside /etc/mosquitto/fedeq-edge")
+    until(lambda: machine.ssh(f"{SAME} && {RUNS}", check=False).returncode == 0, "mosquitto has the list")

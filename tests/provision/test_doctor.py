@@ -164,6 +164,35 @@ def test_a_device_tells_its_release_and_why_the_last_update_failed(board: Path) 
     assert (check.verdict, check.saw) == ("warn", "release 1.1+b was left again: Illegal instruction")
 
 
+def test_a_board_that_is_not_enrolled_is_told_to_enrol_and_not_to_restart_what_stays_off(board: Path) -> None:
+    (board / "etc/fedeq-edge/device.crt").unlink()
+    checks = look(Here(root=board), clock)
+    check = one(checks, "identity")
+    assert check.verdict == "fail"
+    assert "device.crt is missing" in check.saw
+    assert "fedeq device enrol" in check.remedy
+    assert not [check.name for check in checks if "systemctl" in check.remedy and check.name.startswith("unit")]
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_board_whose_releases_are_not_known_is_flashed_once_more(board: Path, content: str | None) -> None:
+    state = board / "opt/fedeq-edge/state.json"
+    state.unlink() if content is None else state.write_text(content)
+    check = one(look(Here(root=board), clock), "release")
+    assert (check.verdict, check.remedy) == ("fail", "on the host: fedeq flash, once more")
+    assert str(state) in check.saw
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("gateway/server.crt", "fedeq fleet gateway --host NAME"), ("ca/ca.key", "put it back from a backup")],
+)
+def test_a_file_that_the_fleet_misses_is_named_with_what_brings_it_back(folder: Path, name: str, remedy: str) -> None:
+    (folder / name).unlink()
+    (check,) = [check for check in look(Here(fleet=folder), clock) if check.saw == f"{folder / name} is missing"]
+    assert (check.verdict, check.remedy) == ("fail", remedy)
+
+
 @pytest.mark.broker
 def test_a_broker_is_asked_the_way_the_agent_asks(tmp_path: Path, mosquitto: RealMosquitto) -> None:
     config = tmp_path / "agent.toml"

@@ -599,6 +599,19 @@ def test_a_board_that_has_never_reported_is_nobodys_canary(plant: Plant, five: d
     assert chosen(plant.fleet, plant.bundle("1.1+b"), []) == [*sorted(five), "a-new"]
 
 
+def test_it_is_said_at_once_which_boards_of_a_wave_were_never_heard_from(plant: Plant) -> None:
+    plant.fleet.add("a-new", "x86-64")
+    published = publish(plant.fleet, plant.bundle("1.1+b"), clock=plant.clock)
+    said: list[str] = []
+
+    def leave(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    roll_out(plant.fleet, published, ["a-new"], Plan(timeout_s=60.0), told=said.append, wait=leave)
+    assert said[0] == "wave 1: a-new"
+    assert "a-new was never heard from: waiting 60 s" in said[1]
+
+
 def test_a_board_that_was_revoked_is_left_out_of_an_update_and_refused_by_name(
     plant: Plant, five: dict[str, Member]
 ) -> None:
