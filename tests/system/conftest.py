@@ -188,7 +188,12 @@ class Fleet:
         self.until(lambda: len(self.rounds()) >= 1, "the first round closes")
         self.agents[device].send_signal(signal.SIGSTOP)
         others = sorted(set(self.devices) - {device})
-        self.until(lambda: sorted(self.status()["contributed"]) == others, f"the round waits for {device} alone")
+
+        def waits() -> bool:
+            status = self.status()  # written now and then, so it may still be that of the round before
+            return status["round"] == len(self.rounds()) + 1 and sorted(status["contributed"]) == others
+
+        self.until(waits, f"the round waits for {device} alone")
 
     def release(self, device: str) -> None:
         self.agents[device].send_signal(signal.SIGCONT)
