@@ -51,11 +51,12 @@ $(FLOWER)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FLOWER)
 	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(FLOWER)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(FLOWER)/bin/python -m pip install --quiet -e '.[flower,torch,onnx,demo]' pytest pytest-timeout
+	$(FLOWER)/bin/python -m pip install --quiet -e '.[flower,ray,torch,onnx,demo]' pytest pytest-timeout
 	@touch $@
 
-test-flower: $(FLOWER)/.installed ## Run the Flower adapter on Flower's own engine; fetches 400 MB once
+test-flower: $(FLOWER)/.installed ## Run the Flower adapter on Flower's own engine, and a simulation on Ray; fetches 400 MB once
 	$(FLOWER)/bin/python -m pytest tests/flower --durations=10
+	$(FLOWER)/bin/python -m pytest tests/simulation/test_runs.py -k ray
 
 bench-flower: $(FLOWER)/.installed ## The same federation by Flower's engine and by our machines: result, CPU, memory, bytes
 	$(FLOWER)/bin/python -m tests.bench.flower 10 50

@@ -65,6 +65,9 @@ def test_a_result_tells_what_was_run_and_what_came_of_it(whole: Path) -> None:
     assert not list(whole.parent.glob("*.journal"))
 
 
+# Ray leaves files and processes of its own to the interpreter's end, and says what its next version will do.
+@pytest.mark.filterwarnings("default::ResourceWarning", "default::FutureWarning")
+@pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning")
 def test_ray_comes_to_the_bytes_of_one(whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'fedeq-edge[ray]'")
     options = run.Options(engine="ray", workers=2, out=tmp_path)
