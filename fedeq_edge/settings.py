@@ -9,6 +9,7 @@ Paths in a file are relative to that file.
 
 import difflib
 import os
+import re
 import tomllib
 import zlib
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from fedeq_edge.wire.coding import Codec
 from fedeq_edge.wire.topics import check_identifier
 
 PREFIX = "FEDEQ_"
+_MISSING = re.compile("^Object missing required field `([^`]+)`")
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -287,8 +289,9 @@ def unknown_key(key: str, known: Mapping[str, Any] | set[str]) -> str:
 
 
 def convert(table: Mapping[str, Any], kind: type[T], where: str) -> T:
-    """The table as a `kind`. Raises ConfigError naming the value that does not fit."""
+    """The table as a `kind`. Raises ConfigError naming the value that does not fit, or is missing."""
     try:
         return msgspec.convert(table, kind)
     except (msgspec.ValidationError, ConfigError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+        said = _MISSING.sub(r"\1 is missing; add it", str(error))
+        raise ConfigError(f"{where}: {said}") from error

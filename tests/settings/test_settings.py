@@ -96,7 +96,7 @@ def test_an_unknown_key_of_model_train_and_schedule_is_named_with_its_table(tmp_
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('federation = "farm"\ndata = "d"\n', "`device`"),
+        ('federation = "farm"\ndata = "d"\n', "device is missing; add it"),
         (AGENT.replace('"pi"', '"Pi 4"'), "device 'Pi 4' cannot stand in a topic"),
         (AGENT.replace('"farm"', '"a/b"'), "federation 'a/b' cannot stand in a topic"),
         (AGENT + 'emulate = "yes"\n', "$.emulate"),

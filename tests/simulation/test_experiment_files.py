@@ -36,7 +36,7 @@ def refused(text: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("seeds = [0]\n", "missing required field `name`"),
+        ("seeds = [0]\n", "name is missing; add it"),
         (HEAD + "sedes = [0]\n", "unknown key 'sedes'; did you mean 'seeds'?"),
         (HEAD + "seeds = [1, 1]\n", "give different numbers"),
         (HEAD + "[data]\nfiel = 'a'\n", "unknown key 'fiel'; did you mean 'file'?"),
@@ -52,7 +52,7 @@ def refused(text: str, folder: Path) -> str:
         (HEAD + "[model]\npreset = 'big'\n", "model.preset is 'big'"),
         (HEAD + "[model]\ngroups = 7\n", "not divisible by groups"),
         (HEAD + "[model]\npreset = 'cnn-fedavg'\nchannels = 3\n", "model: unknown key 'channels'"),
-        (HEAD + "[model]\nnetwork = 'mlp'\n", "missing required field `widths`"),
+        (HEAD + "[model]\nnetwork = 'mlp'\n", "widths is missing; add it"),
         (HEAD + "[train]\ncompare_local = true\n", "train: unknown key 'compare_local'"),
         (HEAD + "[wire]\ncodec = 'int9'\n", 'codec "int9" is unknown'),
         (HEAD + "[schedule]\nmin_devices = 7\n", "6 clients take part"),
