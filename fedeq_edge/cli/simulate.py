@@ -1,20 +1,30 @@
 """fedeq simulate: which method, which model, which budgets for a fleet, without one."""
 
 import json
+import shlex
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedeq_edge.errors import ConfigError
+from fedeq_edge.atomic import write_atomically
+from fedeq_edge.errors import ConfigError, FedEqError, StateError
 
-EXAMPLE = "Example: fedeq simulate --study digits --workers 2"
+if TYPE_CHECKING:
+    from fedeq_edge.simulation.collect import Collected
+    from fedeq_edge.simulation.experiment import Variant
+    from fedeq_edge.simulation.run import Options
+
+    Draw = Callable[[Collected], None]
+
+EXAMPLE = "Example: fedeq simulate --study digits --workers 2 --report digits.html"
 
 
 def simulate(
@@ -31,13 +41,16 @@ def simulate(
         int | None, typer.Option(min=1, help="So many seeds, from 0; those of the file if not given.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of results; fedeq-simulation/NAME if not given.")] = None,
-    report: Annotated[bool, typer.Option("--report", help="Write report.html beside the results.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Draw the results as this page, .html; also where a run fails or is stopped.")
+    ] = None,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Run nothing: tell of the runs that have finished.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
     """Run an experiment: whole federations in virtual time, with real training; a run that was stopped goes on."""
     from fedeq_edge.simulation import experiment as files  # noqa: PLC0415  # numpy and all: other commands do without
     from fedeq_edge.simulation import run  # noqa: PLC0415
-    from fedeq_edge.simulation.report import write  # noqa: PLC0415
+    from fedeq_edge.simulation.collect import collect  # noqa: PLC0415
     from fedeq_edge.simulation.summary import summarise  # noqa: PLC0415
 
     if (experiment is None) == (study is None):
@@ -45,23 +58,66 @@ def simulate(
     if study is None and data is not None:
         raise ConfigError("--data belongs to --study; an experiment's file names its data under [data]")
     variants = files.study(str(study), data) if experiment is None else files.load(experiment)
+    text = files.study_text(str(study)) if experiment is None else experiment.read_text(encoding="utf-8")
     options = run.Options(engine=engine, workers=workers, seeds=seeds, out=out)
     console = Console(stderr=True)
-    _interrupt_on_signals()
-    try:
-        with _Bar(console) if console.is_terminal else _Lines(console) as view:
-            results = run.run(variants, options, view)
-    except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to go on", highlight=False)
-        raise typer.Exit(130) from None
-    summary = summarise(results)
-    if report:
-        path = run.out_of(variants, options) / "report.html"
-        write(results, path)
-        console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    draw = None if report is None else _drawer(report, text, console)
+    if not no_run:
+        _run(variants, options, console, draw)
+    found = collect(variants, options)
+    if not found.results:
+        raise StateError(
+            f"no run of this experiment has finished in {run.out_of(variants, options)}; leave out --no-run"
+        )
+    if draw is not None:
+        draw(found)
+    summary = {**summarise(found.results), "missing": [asdict(one) for one in found.missing]}
     if as_json:
         typer.echo(json.dumps(summary))
     _show(console, summary)
+
+
+def _run(variants: "Sequence[Variant]", options: "Options", console: Console, draw: "Draw | None") -> None:
+    """All of it has run; where it is stopped or fails, what has finished is drawn first."""
+    from fedeq_edge.simulation import run  # noqa: PLC0415  # as above
+    from fedeq_edge.simulation.collect import collect  # noqa: PLC0415
+
+    _interrupt_on_signals()
+    try:
+        with _Bar(console) if console.is_terminal else _Lines(console) as view:
+            run.run(variants, options, view)
+    except ConfigError:
+        raise  # nothing has run
+    except (KeyboardInterrupt, SystemExit, FedEqError) as stopped:
+        if draw is not None:
+            draw(collect(variants, options))
+        if not isinstance(stopped, KeyboardInterrupt):
+            raise
+        console.print("interrupted; run the same command again to go on", highlight=False)
+        raise typer.Exit(130) from None
+
+
+def _drawer(path: Path, text: str, console: Console) -> "Draw":
+    """What writes the page; raises ConfigError now for what would otherwise fail after hours."""
+    from fedeq_edge.report.page import template  # noqa: PLC0415  # as above
+    from fedeq_edge.report.simulation import TEMPLATE, Source, page  # noqa: PLC0415
+
+    if path.suffix != ".html":
+        raise ConfigError(f"--report {path}: the results are drawn as a page; name it NAME.html")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--report {path}: the folder {path.parent} does not exist; make it or name another")
+    template(TEMPLATE)
+    source = Source(command=shlex.join(["fedeq", *sys.argv[1:]]), text=text)
+
+    def draw(found: "Collected") -> None:
+        if not found.results:
+            console.print(f"{path} is not written: no run has finished", highlight=False, soft_wrap=True)
+            return
+        write_atomically(path, page(found, source).encode())
+        short = f", {len(found.missing)} of {found.wanted} runs missing" if found.missing else ""
+        console.print(f"report: {path}{short}", highlight=False, soft_wrap=True)
+
+    return draw
 
 
 def _interrupt_on_signals() -> None:
@@ -146,6 +202,9 @@ def _show(console: Console, summary: Mapping[str, Any]) -> None:
         target = found["rounds_to_target"]["mean"]
         table.add_row(name, *accuracies, *amounts, "-" if target is None else f"{target:.0f}")
     console.print(table)
+    if summary["missing"]:
+        runs = ", ".join(f"{one['variant']} seed {one['seed']} ({one['reason']})" for one in summary["missing"])
+        console.print(f"not of the whole experiment; missing: {runs}", highlight=False, soft_wrap=True, style="bold")
 
 
 def _number(value: float | None) -> str:

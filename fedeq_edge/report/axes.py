@@ -8,6 +8,8 @@ from fedeq_edge.report.numbers import TIE, percent_mark
 
 AXIS_TICKS = 7  # as many labels as fit side by side on a phone
 LOG_TICKS = 10  # as many as fit above each other
+# On an axis that narrow labels at every power of two begin to touch beyond so many.
+MOST_DOUBLINGS = 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,23 +41,26 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A line of a chart. style: its class in the style sheet; path: SVG in the 100 x 100 of the plot, y downwards."""
+    """A line of a chart. style: its class in the style sheet; path: SVG in the 100 x 100 of the plot, y downwards.
+
+    band: path of an area about it, or "".
+    """
 
     label: str
     style: str
     path: str
     markers: tuple[tuple[float, float], ...] = ()
+    band: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A line chart. description: what a reader who cannot see it must know. band: SVG path or ""."""
+    """A line chart. description: what a reader who cannot see it must know."""
 
     description: str
     x: list[Tick]
     y: list[Tick]
     lines: list[Line]
-    band: str = ""
 
 
 def linear_axis(low: float, high: float) -> Axis:
@@ -74,14 +79,27 @@ def round_step(span: float, at_most: int) -> float:
     return next(factor * scale for factor in (1, 2, 5, 10) if factor * scale * at_most >= span * (1 - TIE))
 
 
-def log_axis(low: float, high: float) -> Axis:
-    """Between two of 1, 2, 5 times a power of ten; a tick at each of them, or at decades where those are too many."""
+def count_axis(low: int, high: int) -> Axis:
+    """For whole numbers, such as rounds: from the first to the last, a tick at each multiple of a round step."""
+    step = max(1, int(round_step(high - low, AXIS_TICKS)))
+    return Axis(low=low, high=high, values=tuple(range(low + -low % step, high + 1, step)))
+
+
+def doubling_axis(low: int, high: int) -> Axis:
+    """Logarithmic, for whole numbers from 1, with a label at each doubling."""
+    doublings = [float(2**power) for power in range(high.bit_length()) if low <= 2**power <= high]
+    values = doublings[:: 1 + len(doublings) // MOST_DOUBLINGS] if len(doublings) > 1 else sorted({low, high})
+    return Axis(low=low, high=high, values=tuple(values), log=True)
+
+
+def log_axis(low: float, high: float, most: int = LOG_TICKS) -> Axis:
+    """Between two of 1, 2, 5 times a power of ten; a tick at each of them, or at decades where those exceed `most`."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
     first = max(mark for mark in marks if mark <= low * (1 + TIE))
     last = min(mark for mark in marks if mark >= high * (1 - TIE) and mark > first)
     inside = [mark for mark in marks if first <= mark <= last]
-    if len(inside) > LOG_TICKS:
+    if len(inside) > most:
         inside = [10.0**decade for decade in decades if first <= 10.0**decade <= last]
     return Axis(low=first, high=last, values=tuple(inside), log=True)
 
@@ -128,3 +146,11 @@ def line_through(label: str, style: str, values: Iterable[tuple[float, float | N
         parts.append(f"{pen}{x.at(across):g} {100 - y.at(up):g}")
         pen = "L"
     return Line(label=label, style=style, path="".join(parts), markers=tuple(markers))
+
+
+def band_between(ranges: Iterable[tuple[float, float, float]], x: Axis, y: Axis) -> str:
+    """SVG path of the area between the two values (low, high) at each place (across, low, high), "" for none."""
+    known = list(ranges)
+    upper = [f"{x.at(across):g} {100 - y.at(high):g}" for across, _, high in known]
+    lower = [f"{x.at(across):g} {100 - y.at(low):g}" for across, low, _ in reversed(known)]
+    return f"M{'L'.join(upper + lower)}Z" if known else ""

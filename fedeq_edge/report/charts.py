@@ -1,20 +1,20 @@
 """What the demo's report draws."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from fedeq_edge.report.axes import (
-    AXIS_TICKS,
     Axis,
     Chart,
     ErrorAxis,
     Line,
     Tick,
+    band_between,
+    count_axis,
     line_through,
     linear_axis,
     log_axis,
-    round_step,
 )
 from fedeq_edge.report.facts import Device, Round, RoundTraffic, Summary
 from fedeq_edge.report.numbers import TIE, number, percent, percent_mark, significant
@@ -89,9 +89,7 @@ class Participation:
 
 
 def _round_axis(rounds: Sequence[Round]) -> Axis:
-    low, high = rounds[0].round, rounds[-1].round
-    step = max(1, int(round_step(high - low, AXIS_TICKS)))
-    return Axis(low=low, high=high, values=tuple(range(low + -low % step, high + 1, step)))
+    return count_axis(rounds[0].round, rounds[-1].round)
 
 
 def accuracy_chart(run: Summary, rounds: Sequence[Round]) -> Chart | None:
@@ -105,15 +103,15 @@ def accuracy_chart(run: Summary, rounds: Sequence[Round]) -> Chart | None:
     x, y = _round_axis(rounds), ErrorAxis.of(known)
     means = [(line.round, y.error(fmean(line.accuracies))) for line in measured]
     ranges = [(line.round, y.error(min(line.accuracies)), y.error(max(line.accuracies))) for line in measured]
+    consensus = line_through("Consensus, mean over devices", "mean", means, x, y.axis)
     return Chart(
         description=_accuracy_in_words(measured),
         x=x.ticks(number),
         y=y.axis.ticks(y.label),
         lines=[
-            line_through("Consensus, mean over devices", "mean", means, x, y.axis),
+            replace(consensus, band=band_between(ranges, x, y.axis)),
             *(_level(style, value, y) for style, value in references),
         ],
-        band=_band(ranges, x, y.axis),
     )
 
 
@@ -154,12 +152,6 @@ def residual_chart(rounds: Sequence[Round]) -> Chart | None:
 def _course(name: str, values: Sequence[tuple[float, float | None]]) -> str:
     known = [value for _, value in values if value]
     return f"{name} from {significant(known[0])} to {significant(known[-1])}" if known else f"{name} unknown"
-
-
-def _band(ranges: Sequence[tuple[int, float, float]], x: Axis, y: Axis) -> str:
-    upper = [f"{x.at(across):g} {100 - y.at(high):g}" for across, _, high in ranges]
-    lower = [f"{x.at(across):g} {100 - y.at(low):g}" for across, low, _ in reversed(ranges)]
-    return f"M{'L'.join(upper + lower)}Z"
 
 
 # Devices, bytes, rounds

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from math import isfinite
 
 from fedeq_edge import __version__
-from fedeq_edge.report.axes import Axis, Chart, Line, line_through, linear_axis, log_axis
+from fedeq_edge.report.axes import Axis, Chart, Line, doubling_axis, line_through, linear_axis, log_axis
 from fedeq_edge.report.numbers import number, percent, percent_mark, significant
 from fedeq_edge.report.page import template
 from fedeq_edge.training.curve import BATCH, Curve, Point
 
-# On an axis that narrow labels at every power of two begin to touch beyond so many evaluations.
-MOST_DOUBLINGS = 11
 # A flat curve should look flat: one answer more or less is often a tenth of a point or two.
 ACCURACY_MARGIN = 0.02
 # Far below the rounding of any state: it would only stretch an axis.
@@ -69,7 +67,7 @@ def _render(name: str, curve: Curve, subject: Subject) -> str:
 
 def panels(curve: Curve, own: int) -> list[Panel]:
     """The charts that the curve's numbers allow: accuracy needs labels, residuals need one that is not 0."""
-    x = _evaluation_axis([point.evaluations for point in curve.points])
+    x = doubling_axis(curve.points[0].evaluations, curve.points[-1].evaluations)
     marked = x.at(own) if x.low <= own <= x.high else None
     distance = "relative" if curve.points[0].certificate is None else "relative; bound: absolute"
     found = (
@@ -88,14 +86,6 @@ def _bound_in_words(curve: Curve) -> str:
         f"The bound holds for every input: |z_K − z*| ≤ bound{UNITS[proof.unit]}, measured by the {NORMS[proof.norm]} "
         f"of the state; the cell contracts by γ = {significant(proof.gamma)} an evaluation."
     )
-
-
-def _evaluation_axis(budgets: Sequence[int]) -> Axis:
-    """Logarithmic, with a label at each doubling."""
-    low, high = budgets[0], budgets[-1]
-    doublings = [float(2**power) for power in range(high.bit_length()) if low <= 2**power <= high]
-    values = doublings[:: 1 + len(doublings) // MOST_DOUBLINGS] if len(doublings) > 1 else sorted({low, high})
-    return Axis(low=low, high=high, values=tuple(values), log=True)
 
 
 def _accuracy(points: Sequence[Point], x: Axis) -> Chart | None:

@@ -8,6 +8,7 @@ UNKNOWN = "–"
 _SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 # Two accuracies closer than this come from the same number of right answers: float noise, far below one sample.
 TIE = 1e-9
+_SIZES = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -25,6 +26,18 @@ def _if_known(text: Callable[[float], str]) -> Callable[[float | None], str]:
 def percent(share: float) -> str:
     """A share with one decimal: 0.9754 -> "97.5 %"."""
     return f"{100 * share:.1f}{_SPACE}%"
+
+
+@_if_known
+def hundredths(share: float) -> str:
+    """A share for a column of percents: 0.9754 -> "97.54"."""
+    return f"{100 * share:.2f}"
+
+
+@_if_known
+def tenths(value: float) -> str:
+    """A mean of counts: 15.333 -> "15.3", 20.0 -> "20"."""
+    return f"{value:,.1f}".removesuffix(".0")
 
 
 @_if_known
@@ -58,10 +71,17 @@ def significant(value: float) -> str:
 @_if_known
 def size(count: float) -> str:
     """Bytes in decimal units with three digits that count: 45210000 -> "45.2 MB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, scale in _SIZES:
         if count >= scale:
             return f"{_three_digits(count / scale)}{_SPACE}{unit}"
     return f"{count:.0f}{_SPACE}B"
+
+
+@_if_known
+def size_mark(count: float) -> str:
+    """Bytes on an axis: 2000000 -> "2 MB"."""
+    unit, scale = next((unit for unit in _SIZES if count >= unit[1]), ("B", 1.0))
+    return f"{count / scale:g}{_SPACE}{unit}"
 
 
 @_if_known

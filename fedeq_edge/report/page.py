@@ -57,6 +57,9 @@ def template(name: str) -> "jinja2.Template":
     )
     environment.filters.update(
         percent=numbers.percent,
+        percent_mark=numbers.percent_mark,
+        hundredths=numbers.hundredths,
+        tenths=numbers.tenths,
         points=numbers.points,
         number=numbers.number,
         significant=numbers.significant,

@@ -221,6 +221,11 @@ def study(name: str, data: Path | None = None) -> list[Variant]:
     return parse(tables, where)
 
 
+def study_text(name: str) -> str:
+    """The file of a study that ships with the package, comments and all."""
+    return (resources.files(_STUDIES) / f"{name}.toml").read_text(encoding="utf-8")
+
+
 def studies() -> list[str]:
     """Names of the studies that ship with the package."""
     return sorted(

@@ -40,6 +40,8 @@ class Actor:
 class RayWorkers:
     """`count` actors on the cluster that Ray finds, or on this machine. Raises ConfigError where Ray is missing."""
 
+    cpu_s = None  # of other machines, which do not tell
+
     def __init__(self, count: int) -> None:
         self.count = count
         self._ray = _library()

@@ -94,6 +94,21 @@ def out_of(variants: Sequence[Variant], options: Options) -> Path:
     return options.out or Path("fedeq-simulation") / variants[0].experiment.name
 
 
+def path_of(out: Path, variant: str, seed: int) -> Path:
+    """The result of one run in this folder."""
+    return out / f"{variant}-seed{seed}.jsonl"
+
+
+def tuning_path(out: Path, variant: str, number: int) -> Path:
+    """The result with the variant's choice of this number."""
+    return out / "tune" / f"{variant}-{number}.jsonl"
+
+
+def seeds_of(experiment: Experiment, options: Options) -> Sequence[int]:
+    """The seeds that it runs with: those asked for, else its own."""
+    return experiment.seeds if options.seeds is None else range(options.seeds)
+
+
 def open_workers(options: Options) -> Workers:
     """The workers asked for. Raises ConfigError where ray is, and is not installed."""
     count = options.workers or _cores()
@@ -117,7 +132,7 @@ class Runs:
         self._number = 0
         self._count = 0
         for variant in variants:
-            self._count += len(variant.choices) + len(self._seeds(variant.experiment))
+            self._count += len(variant.choices) + len(seeds_of(variant.experiment, options))
             check_installed(variant.experiment.model, variant.experiment.backend)
             self._data.scenario(Setup(experiment=variant.experiment, seed=0))
             for _, experiment in variant.choices:
@@ -128,23 +143,19 @@ class Runs:
         found = []
         for variant in self._variants:
             chosen, tuned = self._tuned(variant, workers, out)
-            for seed in self._seeds(chosen):
-                path = out / f"{chosen.variant}-seed{seed}.jsonl"
+            for seed in seeds_of(chosen, self._options):
+                path = path_of(out, chosen.variant, seed)
                 found.append(self._one(_Run(path.stem, Setup(experiment=chosen, seed=seed), path), workers, tuned))
         return found
-
-    def _seeds(self, experiment: Experiment) -> Sequence[int]:
-        return experiment.seeds if self._options.seeds is None else range(self._options.seeds)
 
     def _tuned(self, variant: Variant, workers: Workers, out: Path) -> tuple[Experiment, Line | None]:
         """The experiment with the choice that did best on validation parts, and how all of them did."""
         if not variant.choices:
             return variant.experiment, None
         scores: list[tuple[float, str, Experiment]] = []
-        folder = out / "tune"
-        folder.mkdir(exist_ok=True)
+        tuning_path(out, variant.experiment.variant, 0).parent.mkdir(exist_ok=True)
         for number, (label, experiment) in enumerate(variant.choices):
-            path = folder / f"{experiment.variant}-{number}.jsonl"
+            path = tuning_path(out, experiment.variant, number)
             setup = Setup(experiment=experiment, seed=variant.tune_seed, tuning=True)
             result = self._one(_Run(f"tune {experiment.variant}: {label}", setup, path), workers, None)
             scores.append((result.end["personal"] or 0.0, label, experiment))
@@ -180,9 +191,13 @@ def play(
     try:
         lines = _Lines(file, watch)
         Simulation(scenario, journal, lines.say, path.parent).run()
-        seconds = {"seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu}
+        seconds = {
+            "seconds": time.monotonic() - began,
+            "cpu_s": time.process_time() - cpu,
+            "workers_cpu_s": workers.cpu_s,
+        }
         file.say({"kind": "wall", **seconds, "workers": workers.count, "engine": engine, "replayed": journal.replayed})
-        file.say(lines.end(scenario))
+        file.say(lines.end())
     except BaseException:
         journal.close()
         raise
@@ -203,7 +218,7 @@ class _Lines:
         self._watch(line)
         self._of[line["kind"]].append(line)
 
-    def end(self, scenario: Scenario) -> Line:
+    def end(self) -> Line:
         rounds, clients, unseen = self._of["round"], self._of["client"], self._of["unseen"]
         return {
             "kind": "end",
@@ -213,15 +228,7 @@ class _Lines:
             "bytes_down": sum(line["bytes_down"] for line in clients),
             **means(clients),
             "unseen": mean([line["personal"] for line in unseen]),
-            "rounds_to_target": self._target(scenario.setup.experiment.evaluation.target),
         }
-
-    def _target(self, target: float | None) -> int | None:
-        """The first evaluated round whose mean personal accuracy has come there."""
-        if target is None:
-            return None
-        told = [line for line in self._of["evaluation"] if line["personal"] is not None]
-        return next((line["round"] for line in told if line["personal"] >= target), None)
 
 
 def _header(scenario: Scenario, digest: str, tuned: Line | None) -> Line:
@@ -231,7 +238,7 @@ def _header(scenario: Scenario, digest: str, tuned: Line | None) -> Line:
         "format": 1,
         "version": __version__,
         "libraries": {name: _version(name) for name in _LIBRARIES},
-        "experiment": msgspec.to_builtins(msgspec.structs.replace(setup.experiment, data=_portable(setup.experiment))),
+        "experiment": msgspec.to_builtins(portable(setup.experiment)),
         "seed": setup.seed,
         "tuning": setup.tuning,
         "tuned": tuned,
@@ -247,9 +254,11 @@ def _header(scenario: Scenario, digest: str, tuned: Line | None) -> Line:
     }
 
 
-def _portable(experiment: Experiment) -> DataTable:
-    """The data's table with the file's name alone: its digest says which file it was, wherever it lay."""
-    return msgspec.structs.replace(experiment.data, file=Path(experiment.data.file).name)
+def portable(experiment: Experiment) -> Experiment:
+    """The same with the name alone of its data's file: a digest says which file it was, wherever it lay."""
+    return msgspec.structs.replace(
+        experiment, data=msgspec.structs.replace(experiment.data, file=Path(experiment.data.file).name)
+    )
 
 
 def _version(name: str) -> str | None:

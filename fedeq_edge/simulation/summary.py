@@ -1,13 +1,24 @@
 """What several runs of an experiment come to: mean and spread over the seeds, by variant."""
 
-import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from fedeq_edge.simulation import targets
 from fedeq_edge.simulation.results import Result
+from fedeq_edge.simulation.spread import spread
 
 ACCURACIES = ("personal", "consensus", "refit", "local", "worst_tenth", "unseen")
-AMOUNTS = ("bytes_up", "bytes_down", "virtual_s", "rounds", "rounds_to_target")
+AMOUNTS = (
+    "bytes_up",
+    "bytes_down",
+    "virtual_s",
+    "rounds",
+    "rounds_to_target",
+    "bytes_to_target",
+    "rounds_to_own",
+    "bytes_to_own",
+)
 
 
 def summarise(results: Sequence[Result]) -> dict[str, Any]:
@@ -23,13 +34,14 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
 
 def _variant(found: Sequence[Result]) -> dict[str, Any]:
     budgets = found[0].end["at"]
+    numbers = [{**result.end, **targets.costs(result)} for result in found]
     return {
         "method": found[0].header["method"]["name"],
         "parameters": found[0].header["parameters"],
         "tuned": found[0].header["tuned"],
         "seeds": [result.header["seed"] for result in found],
         "files": [str(result.path) for result in found],
-        **{key: _spread([result.end[key] for result in found]) for key in (*ACCURACIES, *AMOUNTS)},
+        **{key: _spread([told[key] for told in numbers]) for key in (*ACCURACIES, *AMOUNTS)},
         "at": {
             key: {name: _spread([result.end["at"][key][name] for result in found]) for name in budgets[key]}
             for key in budgets
@@ -39,11 +51,4 @@ def _variant(found: Sequence[Result]) -> dict[str, Any]:
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
     """Of the runs that have this number."""
-    told = [float(value) for value in values if value is not None]
-    if not told:
-        return {"mean": None, "sd": None, "runs": 0}
-    mean = math.fsum(told) / len(told)
-    if len(told) < 2:
-        return {"mean": mean, "sd": None, "runs": 1}
-    variance = math.fsum((value - mean) ** 2 for value in told) / (len(told) - 1)
-    return {"mean": mean, "sd": math.sqrt(variance), "runs": len(told)}
+    return asdict(spread(values))

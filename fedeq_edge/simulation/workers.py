@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Final, Protocol
 
+import psutil
+
 from fedeq_edge import structs
 from fedeq_edge.backends import dedicated
 from fedeq_edge.errors import StateError
@@ -49,6 +51,11 @@ class Workers(Protocol):
         """The outcomes of these jobs, in their order. Raises StateError naming a job that kills its worker twice."""
         ...
 
+    @property
+    def cpu_s(self) -> float | None:
+        """What they have taken since this run began beside this process, None where nobody can tell."""
+        ...
+
     def close(self) -> None:
         """No worker is left."""
         ...
@@ -58,6 +65,7 @@ class Here:
     """The one worker that this process is."""
 
     count = 1
+    cpu_s = 0.0
 
     def begin(self, scenario: Scenario) -> None:
         """Jobs are of this run from here on."""
@@ -100,6 +108,15 @@ class Worker:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def cpu_s(self) -> float:
+        """What it has taken so far, 0 of one that has died."""
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return 0.0
+        return float(times.user + times.system)
+
     def ask(self, setting: list[bytes], job: Job) -> Outcome:
         """The outcome of this job. setting: the packed run and consensus that it is of, sent where they are news."""
         assert self._process.stdin is not None
@@ -132,9 +149,16 @@ class Processes:
             self._free.put(None)  # started when its first job comes
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="worker")
         self._setting: list[bytes] = []
+        self._taken_before: dict[Worker, float] = {}  # CPU seconds of each worker that lives, as the run began
+
+    @property
+    def cpu_s(self) -> float:
+        """Of those that live: what one took that has died is lost with it."""
+        return sum(worker.cpu_s - before for worker, before in self._taken_before.items())
 
     def begin(self, scenario: Scenario) -> None:
         """Jobs are of this run from here on."""
+        self._taken_before = {worker: worker.cpu_s for worker in self._taken_before}
         self._setting = [structs.pack(Begin(setup=scenario.setup))]
 
     def hold(self, base: bytes, z: Vector) -> None:
@@ -168,14 +192,20 @@ class Processes:
         worker, status = self._free.get(), 0
         try:
             for _ in range(2):
-                worker = worker or Worker()
+                worker = worker or self._new()
                 try:
                     return worker.ask(setting, job)
                 except (BrokenPipeError, EOFError):
+                    del self._taken_before[worker]
                     status, worker = worker.end(), None
             raise StateError(crashed(job, f"exit status {status}"))
         finally:
             self._free.put(worker)
+
+    def _new(self) -> Worker:
+        worker = Worker()
+        self._taken_before[worker] = 0.0
+        return worker
 
 
 def crashed(job: Job, how: str) -> str:

@@ -16,6 +16,7 @@ from fedeq_edge.simulation.jobs import Job, Outcome
 from fedeq_edge.simulation.results import read
 from fedeq_edge.simulation.scenario import Setup, prepare
 from fedeq_edge.simulation.summary import summarise
+from fedeq_edge.simulation.targets import costs
 from fedeq_edge.simulation.workers import Here, Worker
 from tests.simulation.test_experiment_files import Nobody
 
@@ -61,7 +62,7 @@ def test_a_result_tells_what_was_run_and_what_came_of_it(whole: Path) -> None:
     assert set(end["at"]) == {"1", "3"}
     assert end["personal"] > 0.5
     assert end["unseen"] > 0.3
-    assert end["rounds_to_target"] == 2
+    assert costs(result)["rounds_to_target"] == 2
     assert not list(whole.parent.glob("*.journal"))
 
 

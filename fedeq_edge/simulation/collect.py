@@ -1,0 +1,78 @@
+"""What of an experiment lies on disk, without running any of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from fedeq_edge.errors import StateError
+from fedeq_edge.simulation.experiment import Experiment, Variant
+from fedeq_edge.simulation.results import Result, read
+from fedeq_edge.simulation.run import Options, out_of, path_of, portable, seeds_of, tuning_path
+
+Reason = Literal["not begun", "not finished", "its file is of another experiment"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """A run that the experiment has and the folder has not."""
+
+    variant: str
+    seed: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """Finished runs, variant by variant and seed by seed. tuning: those that settings were chosen by."""
+
+    results: list[Result]
+    tuning: list[Result]
+    missing: list[Missing]
+
+    @property
+    def wanted(self) -> int:
+        """How many runs the experiment has, those of tuning left out."""
+        return len(self.results) + len(self.missing)
+
+
+def collect(variants: Sequence[Variant], options: Options) -> Collected:
+    """The finished runs of an experiment in its folder, and which are missing. Data sets are not read."""
+    out = out_of(variants, options)
+    found = Collected(results=[], tuning=[], missing=[])
+    for variant in variants:
+        name = variant.experiment.variant
+        candidates = [experiment for _, experiment in variant.choices] or [variant.experiment]
+        for seed in seeds_of(variant.experiment, options):
+            result = _found(path_of(out, name, seed), candidates)
+            if isinstance(result, Result):
+                found.results.append(result)
+            else:
+                found.missing.append(Missing(variant=name, seed=seed, reason=result))
+        tuning = (_found(tuning_path(out, name, number), candidates) for number in range(len(variant.choices)))
+        found.tuning.extend(result for result in tuning if isinstance(result, Result))
+    return found
+
+
+def _found(path: Path, candidates: Sequence[Experiment]) -> Result | Reason:
+    if not path.is_file():
+        return "not begun"
+    try:
+        result = read(path)
+    except StateError:
+        return "not finished"
+    return (
+        result
+        if _experiment_of(result) in [portable(one) for one in candidates]
+        else "its file is of another experiment"
+    )
+
+
+def _experiment_of(result: Result) -> Experiment | None:
+    """As its header has it; what an older file does not say has its default."""
+    try:
+        return msgspec.convert(result.header["experiment"], Experiment)
+    except (KeyError, msgspec.ValidationError):
+        return None
