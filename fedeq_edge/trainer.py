@@ -98,7 +98,8 @@ class Trainer:
         cache = Path(setup.cache)
         plan = setup.plan
         # What a step's cost depends on; the penalty adds products to it, unrolling trades them for evaluations.
-        gradient, by = (plan.jacobian_penalty > 0.0, plan.unrolled), (setup.backend, setup.graph_sha256.hex())
+        gradient = plan.jacobian_penalty > 0.0, plan.unrolled, plan.microbatch
+        by = setup.backend, setup.graph_sha256.hex()
         made_of = (setup.model, plan.batch, plan.budgets, gradient, setup.slowdown, by)
         name = hashlib.sha256(msgspec.json.encode(made_of))
         self._cache = cache.with_name(f"{cache.name}-{name.hexdigest()[:12]}")

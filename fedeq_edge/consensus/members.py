@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,10 +90,7 @@ class Members:
         if device in self._members:
             self.retire(device)
         if self._duals is not None:
-            dual = np.zeros_like(self.H.values) if nu is None else nu.copy()
-            self._move_sum(device, member.omega, dual)
-            self._duals.put(device, dual)
-            member = replace(member, reach=largest(dual))
+            member = replace(member, reach=self._hold(self._duals, device, member.omega, nu))
         self.R += member.omega * member.penalty
         self._members[device] = member
 
@@ -174,7 +171,7 @@ class Members:
 
     def snapshot(self) -> tuple[dict[str, FixedVector], dict[str, Any]]:
         """Arrays and scalars from which `restore` goes on bit for bit: all but the duals."""
-        members = {device: asdict(member) for device, member in self._members.items()}
+        members = {device: _fields(member) for device, member in self._members.items()}
         return {"H": self.H.values.copy()}, {"R": str(self.R), "members": members}
 
     def restore(self, arrays: Mapping[str, Any], scalars: Mapping[str, Any]) -> None:
@@ -183,6 +180,15 @@ class Members:
         self._members = {device: Member(**fields) for device, fields in scalars["members"].items()}
 
     # ---- private -------------------------------------------------------------------------------------------
+
+    def _hold(self, duals: DualStore, device: str, omega: int, nu: FixedVector | None) -> int:
+        """`duals` keeps nu, (p,), 0 without one, which is part of H; its largest magnitude."""
+        if nu is None:
+            duals.put(device, np.zeros_like(self.H.values))
+            return 0
+        self._move_sum(device, omega, nu)
+        duals.put(device, nu.copy())
+        return largest(nu)
 
     def _weighed(self, member: Member) -> Member:
         omega, penalty = quality.weights(
@@ -218,3 +224,8 @@ class Members:
         # every arrival that is taken back lowers the bound by up to STEP_LIMIT, and may raise the dual by as much
         held = 1 + self._opened.arrivals_of(device)
         return true + 2 * held * STEP_LIMIT
+
+
+def _fields(member: Member) -> dict[str, object]:
+    """As `dataclasses.asdict`, which copies every value deeply."""
+    return {name: getattr(member, name) for name in Member.__slots__}

@@ -235,10 +235,28 @@ def _recorded(fz: Tensor, z: Tensor) -> Linearise:
     """Products with J^T on the graph that f left between z and fz."""
 
     def step(v: Tensor, u: Tensor) -> Tensor:
-        product: Tensor = torch.autograd.grad(fz, z, u, retain_graph=True)[0]
-        return v + product
+        with torch.enable_grad():
+            weighed: Tensor = _Weighed.apply(fz, u)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        return v + torch.autograd.grad(weighed, z, retain_graph=True)[0]
 
     return lambda _: step
+
+
+class _Weighed(torch.autograd.Function):
+    """A scalar whose gradient is u, for <f(z), u>, which nobody reads.
+
+    Given u itself, torch compares shapes by its symbolic ones, for which it imports sympy: half a second and 35 MB.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fz: Tensor, u: Tensor) -> Tensor:
+        ctx.u = u
+        return fz.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        found: Tensor = ctx.u
+        return found, None
 
 
 class _FixedPoint(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from fedeq_edge.deq.layout import checked, size
+from fedeq_edge.onnx.accumulated import AccumulatedDescent
 from fedeq_edge.onnx.trainer import GraphDescent, TrainingGraph
 from fedeq_edge.training.backend import Labels, Matrix, Measured, Pull, Samples
 from fedeq_edge.training.step import Budget, Plan, Vector
@@ -43,19 +44,25 @@ class OnnxBackend:
         """Steps of one round at this step size, velocity 0; nothing is drawn, so the seed changes nothing."""
         del seed
         theta, head = self._held
+        plan = self._plan
+        if plan.microbatch:
+            return Descent(
+                self,
+                AccumulatedDescent(self._graph, theta, head, plan, rate=rate, pull=pull, frozen_head=frozen_head),
+            )
         steps = self._graph.descent(
             theta,
             head,
             rate=rate,
-            momentum=self._plan.momentum,
-            clip=self._plan.clip,
-            weight_decay=self._plan.weight_decay,
+            momentum=plan.momentum,
+            clip=plan.clip,
+            weight_decay=plan.weight_decay,
             pull=pull,
             frozen_head=frozen_head,
         )
         return Descent(self, steps)
 
-    def moved(self, steps: GraphDescent) -> None:
+    def moved(self, steps: GraphDescent | AccumulatedDescent) -> None:
         """The parameters are those to which `steps` have come."""
         self._held = steps.theta, steps.head
 
@@ -68,7 +75,7 @@ class OnnxBackend:
 class Descent:
     """Steps of one round by the graph; the backend holds what they come to."""
 
-    def __init__(self, backend: OnnxBackend, steps: GraphDescent) -> None:
+    def __init__(self, backend: OnnxBackend, steps: GraphDescent | AccumulatedDescent) -> None:
         self._backend, self._steps = backend, steps
 
     def step(self, x: Samples, y: Labels, budget: Budget) -> Measured:

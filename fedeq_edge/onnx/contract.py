@@ -22,6 +22,8 @@ MOMENTS: Mapping[str, tuple[str, ...]] = {"sgd": ("velocity",), "adam": ("first"
 """What each optimiser remembers between steps: inputs (p + h,), and outputs with `_next` behind the name."""
 FOUND = ("loss", "gradient_norm", "residual", "backward_residual")
 """Outputs that are numbers."""
+SMALLEST_CLIPPED = 1e-12
+"""Below it the norm of a gradient counts as zero in the clip, as in training/torch_step.py."""
 STEP_SIZE = "step_size"
 """Input of a monotone model's graphs: a of `wellposed.step_size`, chosen for the W of this step."""
 DESCRIPTION = "fedeq.description"

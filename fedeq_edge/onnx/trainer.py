@@ -69,16 +69,20 @@ class TrainingGraph:
 
         Raises ConfigError for vectors of another model.
         """
+        w = self.joined(theta, head)
+        scalars = {"rate": rate, "momentum": momentum, "clip": clip, "train_head": float(not frozen_head)}
+        constants = {name: np.array(number, dtype=np.float32) for name, number in scalars.items()}
+        return GraphDescent(self, w, constants | pulled(w.size, weight_decay, pull))
+
+    def joined(self, theta: Vector, head: Vector) -> Vector:
+        """w = [theta | head], (p + h,), a new vector. Raises ConfigError for vectors of another model."""
         for label, vector, length in (("theta", theta, self.theta_size), ("head", head, self.head_size)):
             if vector.shape != (length,):
                 raise ConfigError(
                     f"model: {label} has shape {vector.shape}, this model needs ({length},); "
                     "was it made for another model?"
                 )
-        scalars = {"rate": rate, "momentum": momentum, "clip": clip, "train_head": float(not frozen_head)}
-        constants = {name: np.array(number, dtype=np.float32) for name, number in scalars.items()}
-        w = np.concatenate([theta, head]).astype(np.float32, copy=False)
-        return GraphDescent(self, w, constants | self._pulled(weight_decay, pull))
+        return np.concatenate([theta, head]).astype(np.float32, copy=False)
 
     def _ends(self) -> Ends:
         """Shapes of inputs and outputs that a step reads and writes."""
@@ -90,16 +94,6 @@ class TrainingGraph:
             **dict.fromkeys(vectors, total),
             **{name: [] for name in ("rate", "momentum", "clip", "train_head", "tol", *FOUND)},
         }
-
-    def _pulled(self, weight_decay: float, pull: Pull | None) -> dict[str, Vector]:
-        """What weight decay and ADMM add to the gradient, curvature w + offset, over all of w."""
-        total = self.theta_size + self.head_size
-        curvature, offset = np.full(total, weight_decay, dtype=np.float32), np.zeros(total, dtype=np.float32)
-        if pull is not None:
-            shared = len(pull.z)
-            curvature[:shared] += np.float32(pull.kappa)
-            offset[:shared] = pull.nu - np.float32(pull.kappa) * pull.z
-        return {"curvature": curvature, "offset": offset}
 
 
 class GraphDescent:
@@ -127,6 +121,11 @@ class GraphDescent:
         self._ahead, self._back = self._bound(self._now, self._next), self._bound(self._next, self._now)
 
     @property
+    def now(self) -> Mapping[str, Vector]:
+        """w and what the optimiser remembers, (p + h,) each: the graph's own memory, of which one may change w."""
+        return self._now
+
+    @property
     def theta(self) -> Vector:
         """(p,), a copy; on the constraint set after every step."""
         return self._now["w"][: self._graph.theta_size].copy()
@@ -142,6 +141,12 @@ class GraphDescent:
         tol: above 0 the adjoint ends where its relative residual is at most that, `adjoint` being the most terms.
         Raises SolverError, before anything has changed, when the loss or its gradient is not finite.
         """
+        done = self.run(x, y, forward=forward, adjoint=adjoint, tol=tol)
+        self.settle()
+        return done
+
+    def run(self, x: Array, y: NDArray[np.int64], *, forward: int, adjoint: int, tol: float = 0.0) -> GraphStep:
+        """What the graph makes of the batch is in w and what the optimiser remembers; theta may be off its set."""
         batch: dict[str, Array] = {
             "x": samples(x, self._graph.description),
             "y": np.ascontiguousarray(y, dtype=np.int64),
@@ -153,13 +158,12 @@ class GraphDescent:
         _bind(self._ahead.bind_input, batch)
         self._graph.session.run_with_iobinding(self._ahead)
         loss, norm, residual, backward = (float(self._found[name]) for name in FOUND)
-        _refuse_non_finite(loss, norm, forward)
-        self._advance()
+        refuse_non_finite(loss, norm, forward)
+        self._now, self._next, self._ahead, self._back = self._next, self._now, self._back, self._ahead
         return GraphStep(loss=loss, residual=residual, backward_residual=backward)
 
-    def _advance(self) -> None:
-        """What the step has written is the present."""
-        self._now, self._next, self._ahead, self._back = self._next, self._now, self._back, self._ahead
+    def settle(self) -> None:
+        """theta is on its set, and the next step that of its W."""
         project(self._now["w"][: self._graph.theta_size], self._constraints)
         for name, value in self._graph.solver.step_size(self._now["w"]).items():
             self._settings[name][...] = value
@@ -174,13 +178,24 @@ class GraphDescent:
         return binding
 
 
+def pulled(total: int, weight_decay: float, pull: Pull | None) -> dict[str, Vector]:
+    """What weight decay and ADMM add to the gradient, curvature w + offset, over all of w, (total,)."""
+    curvature, offset = np.full(total, weight_decay, dtype=np.float32), np.zeros(total, dtype=np.float32)
+    if pull is not None:
+        shared = len(pull.z)
+        curvature[:shared] += np.float32(pull.kappa)
+        offset[:shared] = pull.nu - np.float32(pull.kappa) * pull.z
+    return {"curvature": curvature, "offset": offset}
+
+
 def _bind(bind: Any, arrays: Mapping[str, Array]) -> None:
     """onnxruntime uses the memory of `arrays`, which must be contiguous and live as long as it does."""
     for name, array in arrays.items():
         bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _refuse_non_finite(loss: float, norm: float, forward: int) -> None:
+def refuse_non_finite(loss: float, norm: float, forward: int) -> None:
+    """Raises SolverError unless loss and norm of the gradient are finite; forward: the K that they came of."""
     if not isfinite(loss):
         raise SolverError(f"training: the loss is {loss} at K = {forward}; {DIVERGED_REMEDY}")
     if not isfinite(norm):

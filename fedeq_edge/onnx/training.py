@@ -38,6 +38,7 @@ from fedeq_edge.onnx.contract import (
     IR_VERSION,
     MOMENTS,
     SCHEMA_VERSION,
+    SMALLEST_CLIPPED,
     SOLVER_GRAPH,
     STEP_SIZE,
     Optimizer,
@@ -47,9 +48,7 @@ from fedeq_edge.onnx.pieces import Pieces, Sizes, loop, pieces_of, placed, value
 from fedeq_edge.onnx.rules import Shape
 from fedeq_edge.onnx.solving import norms, relative, residual_of, solving, solving_graph, state_axes, unpacked
 
-# Below it a gradient counts as zero in the clip (torch_step) and in a relative residual (deq/adjoints).
-_SMALLEST_CLIPPED = 1e-12
-_SMALLEST_GRADIENT = 1e-30
+_SMALLEST_GRADIENT = 1e-30  # below it a gradient counts as zero in a relative residual (deq/adjoints)
 # Adam's memory of squares and its room, those of torch (Kingma and Ba, ICLR 2015); `momentum` is its other memory.
 _SECOND_MOMENT, _ROOM = 0.999, 1e-8
 
@@ -212,7 +211,7 @@ class _Step:
             pieces.append(part.apply("Mul", gradient, "train_head") if slot.name.startswith("head.") else gradient)
         gradient = part.apply("Concat", *pieces, axis=0)
         norm = part.apply("ReduceL2", gradient, keepdims=0, name="gradient_norm")
-        floor = part.constant(np.array(_SMALLEST_CLIPPED, dtype=np.float32))
+        floor = part.constant(np.array(SMALLEST_CLIPPED, dtype=np.float32))
         share = part.apply("Div", "clip", part.apply("Max", norm, floor))
         share = part.apply("Min", share, part.constant(np.array(1.0, dtype=np.float32)))
         # Of additions of two: onnxruntime's Sum is three times slower.

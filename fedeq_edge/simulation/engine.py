@@ -24,7 +24,6 @@ import numpy as np
 from msgspec.structs import replace
 
 from fedeq_edge.consensus.admm import Consensus
-from fedeq_edge.consensus.fixed import dual_value
 from fedeq_edge.errors import StateError
 from fedeq_edge.protocol.actions import AggregatorAction, Finished, Publish, Record, Store, Train
 from fedeq_edge.protocol.aggregator import Aggregator, new_state
@@ -193,7 +192,7 @@ class Simulation:
         """nu of this client as its trainer wants it, (s,); empty where its method keeps none."""
         if not self.scenario.method.keeps_duals:
             return NOTHING
-        return dual_value(self.duals.get(name), np.float32)
+        return self.duals.value(name)
 
     def _hold(self, z: Vector, base: bytes) -> None:
         """The workers have z, which all jobs of a round have in common."""

@@ -3,9 +3,10 @@
 A `Backend` is one model behind one library (training/torch_step.py, onnx/backend.py); arrays are numpy's on both sides.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from fedeq_edge.training.step import Budget, Vector
 Samples = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Matrix = NDArray[np.float32]
+Step = TypeVar("Step")
 
 DIVERGED_REMEDY = 'lower learning_rate or clip in the plan, or constrain the cell (cell = "contractive")'
 
@@ -43,6 +45,23 @@ class Measured:
     residual: float
     backward_residual: float
     budget: Budget
+
+
+def micro_batches(batch: int, most: int) -> list[slice]:
+    """The parts of a batch of so many samples that are differentiated at once: `most` in each, all where that is 0.
+
+    As even as they can be: a part of one or two samples would cost as much as one of ten.
+    """
+    parts = -(-batch // most) if most else 1
+    bounds = [batch * part // parts for part in range(parts + 1)]
+    return [slice(*ends) for ends in itertools.pairwise(bounds)]
+
+
+def sample_mean(parts: Sequence[tuple[int, Step]], field: Callable[[Step], float]) -> float:
+    """Mean over the samples of a batch, from (samples, step) of its parts; of one part what it says, to the bit."""
+    if len(parts) == 1:
+        return field(parts[0][1])
+    return sum(count * field(step) for count, step in parts) / sum(count for count, _ in parts)
 
 
 class Descent(Protocol):

@@ -47,6 +47,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     is how many of the last evaluations are differentiated through, each of them kept; from K on it is the exact
     gradient of K evaluations, the start z_0 included: an explicit network of equal payload has budgets = [1] and
     unrolled = 1. Devices with backend onnx decline.
+    microbatch: at most so many samples of a batch are differentiated at once, 0: all of them. The step is that of the
+    whole batch to rounding, as every sample is solved and normalised by itself; what the gradient keeps of the forward
+    pass is of so many. Kept evenly: 32 by at most 12 are 10, 11 and 11.
     jacobian_penalty: lambda of the term lambda / d |J^T eps|^2 in the loss (algorithm.md, section 3), for cells without
     certificate; 0: none. Above 0 each step makes one evaluation with graph beyond its K, and its double backward, which
     doubles a step of K = 6; calibration measures it, so it counts against compute_s. Devices with backend onnx decline.
@@ -70,6 +73,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     budgets: tuple[int, ...] = (2, 3, 4, 6, 8, 12)
     adjoint_ratio: float = 0.4
     unrolled: int = 0
+    microbatch: int = 0
     jacobian_penalty: float = 0.0
     compute_s: float = 30.0
     energy_j: float | None = None
@@ -157,7 +161,7 @@ def _check_counts(plan: Plan) -> None:
             raise ConfigError(f"train.{name} is {getattr(plan, name)}; give at least 1")
     if not plan.budgets or min(plan.budgets) < 1 or max(plan.budgets) > LARGEST_BUDGET:
         raise ConfigError(f"train.budgets is {list(plan.budgets)}; give values of K from 1 to {LARGEST_BUDGET}")
-    for name in ("refit_steps", "unrolled"):
+    for name in ("refit_steps", "unrolled", "microbatch"):
         if getattr(plan, name) < 0:
             raise ConfigError(f"train.{name} is {getattr(plan, name)}; give at least 0")
 

@@ -26,7 +26,16 @@ from fedeq_edge.deq.description import describe
 from fedeq_edge.deq.model import DEQ, Output
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import SolverError
-from fedeq_edge.training.backend import DIVERGED_REMEDY, Labels, Matrix, Measured, Pull, Samples
+from fedeq_edge.training.backend import (
+    DIVERGED_REMEDY,
+    Labels,
+    Matrix,
+    Measured,
+    Pull,
+    Samples,
+    micro_batches,
+    sample_mean,
+)
 from fedeq_edge.training.step import Budget, Plan, Vector
 
 
@@ -105,7 +114,19 @@ class Descent:
         return gradient
 
     def _differentiate(self, x: Tensor, y: Tensor, budget: Budget) -> Measured:
+        """The model holds the gradient of the mean loss, added up over micro-batches."""
         self._model.zero_grad()
+        parts = micro_batches(len(x), self._plan.microbatch)
+        added = [(len(x[part]), self._add(x[part], y[part], budget, len(x))) for part in parts]
+        return Measured(
+            loss=sample_mean(added, lambda part: part.loss),
+            residual=sample_mean(added, lambda part: part.residual),
+            backward_residual=sample_mean(added, lambda part: part.backward_residual),
+            budget=budget,
+        )
+
+    def _add(self, x: Tensor, y: Tensor, budget: Budget, batch: int) -> Measured:
+        """The model holds what these samples of a batch of so many add to the gradient of its mean loss."""
         output = self._model.forward(x, budget=budget, adjoint=self._adjoint)
         loss = torch.nn.functional.cross_entropy(output.logits, y)
         value = float(loss.detach())
@@ -113,7 +134,7 @@ class Descent:
             raise SolverError(f"training: the loss is {value} at K = {budget.forward}; {DIVERGED_REMEDY}")
         if self._plan.jacobian_penalty:
             loss = loss + self._plan.jacobian_penalty * self._model.jacobian_penalty(output, self._probes)
-        self._model.backward(loss)
+        self._model.backward(loss if len(x) == batch else loss * (len(x) / batch))
         assert output.report is not None  # gradients were enabled
         return Measured(
             loss=value,

@@ -4,17 +4,20 @@ memory: what a process of its own holds at most while it trains, above what it h
 parameters, gradients, velocity, what the gradient needs of the forward pass, and workspace. The published equilibrium
 model is compared with the ResNet-34 of the same paper (FeDEQ, arXiv 2309.15659); the compact ones are what this project
 recommends. step: median process CPU time on one thread. A table goes to stderr, one JSON line per figure to stdout.
+boards: a round of 500 samples on each board: the same CPU time over its profile's relative_speed, which is an estimate
+until the board is measured, where the whole process fits its memory; what else runs there is not counted.
 
-    python -m tests.bench.step_memory                  # all; a minute or two
+    python -m tests.bench.step_memory                  # all; two or three minutes
     python -m tests.bench.step_memory --only published
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -26,6 +29,7 @@ from fedeq_edge.backends import build_graph
 from fedeq_edge.deq.initial import start
 from fedeq_edge.deq.spec import ModelSpec, published
 from fedeq_edge.hardware.memory import keep_heap, peak_rss_bytes, rss_bytes
+from fedeq_edge.hardware.profiles import Profile, profiles
 from fedeq_edge.simulation.networks import NETWORKS, ExplicitSpec
 from fedeq_edge.training.backend import Backend, Pull
 from fedeq_edge.training.recommend import recommend
@@ -35,18 +39,26 @@ from tests.bench.figures import Figure
 SHAPE: Final = (3, 32, 32)
 CLASSES: Final = 10
 BATCH: Final = 32
+SAMPLES: Final = 500  # of a client, where CIFAR-10 is dealt to 100
 BUDGET: Final = Budget(forward=6, adjoint=2)  # the middle of a plan's menu
 STEPS: Final = 3
+TINY: Final = ModelSpec(input_shape=(8, 4, 4), classes=2, cell="residual", channels=8)  # loads the library
 GOAL: Final = 0.5  # of ResNet-34; the papers claim 1 / 1.5
 REFERENCE: Final = "ResNet-34 of the paper"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A model and the library that trains it. goal: the largest share of the reference's memory that counts."""
+    """A model and the library that trains it. goal: the largest share of the reference's memory that counts.
+
+    microbatch: samples differentiated at once, of the batch (`Plan.microbatch`). explicit: the same parameters as an
+    explicit network, K = 1, so of equal payload.
+    """
 
     spec: ModelSpec | ExplicitSpec
     library: Literal["torch", "onnx"] = "torch"
+    microbatch: int = 0
+    explicit: bool = False
     goal: float | None = None
 
 
@@ -61,33 +73,47 @@ CASES: Final = {
     "DEQ, published S, onnx": Case(spec=published(SHAPE, CLASSES, "S"), library="onnx", goal=GOAL),
     "DEQ, recommended, torch": Case(spec=_COMPACT, goal=GOAL),
     "DEQ, recommended, onnx": Case(spec=_COMPACT, library="onnx", goal=GOAL),
+    "K = 1, recommended, torch": Case(spec=_COMPACT, explicit=True),
+    "ResNet-34 of the paper, 8 at once": Case(spec=NETWORKS["resnet34-cifar"](SHAPE, CLASSES), microbatch=8),
+    "DEQ, published M, torch, 8 at once": Case(spec=published(SHAPE, CLASSES, "M"), microbatch=8, goal=GOAL),
+    "DEQ, published M, torch, 2 at once": Case(spec=published(SHAPE, CLASSES, "M"), microbatch=2, goal=GOAL),
+    "DEQ, published S, torch, 8 at once": Case(spec=published(SHAPE, CLASSES, "S"), microbatch=8, goal=GOAL),
+    "DEQ, published S, onnx, 8 at once": Case(
+        spec=published(SHAPE, CLASSES, "S"), library="onnx", microbatch=8, goal=GOAL
+    ),
+    "DEQ, recommended, onnx, 8 at once": Case(spec=_COMPACT, library="onnx", microbatch=8, goal=GOAL),
 }
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one process. bytes: at most, above its baseline. seconds: CPU of a step. parameters: in theta."""
+    """Of one process. bytes: at most, above its baseline; whole: with it. seconds: CPU of a step.
+
+    parameters: in theta.
+    """
 
     bytes: int
+    whole: int
     seconds: float
     parameters: int
 
 
 def backend_of(case: Case, graph: bytes) -> Backend:
     """The model behind its library, on one thread."""
+    plan = Plan(batch=BATCH, microbatch=case.microbatch, unrolled=int(case.explicit))
     if case.library == "onnx":
         from fedeq_edge.onnx.backend import OnnxBackend  # noqa: PLC0415  # a process of torch must not load it
 
-        return OnnxBackend(graph, Plan())
+        return OnnxBackend(graph, plan)
     import torch  # noqa: PLC0415  # as above
 
     torch.set_num_threads(1)
     if isinstance(case.spec, ModelSpec):
         from fedeq_edge.training.torch_step import TorchBackend  # noqa: PLC0415  # as above
 
-        return TorchBackend(case.spec, Plan())
+        return TorchBackend(case.spec, plan)
     from fedeq_edge.simulation.explicit import ExplicitBackend  # noqa: PLC0415  # as above
 
-    return ExplicitBackend(case.spec, Plan())
+    return ExplicitBackend(case.spec, plan)
 
 
 def stepper(case: Case, graph: bytes) -> tuple[Callable[[], object], int]:
@@ -99,14 +125,21 @@ def stepper(case: Case, graph: bytes) -> tuple[Callable[[], object], int]:
     draw = np.random.default_rng(0)
     x = draw.standard_normal((BATCH, *case.spec.input_shape)).astype(np.float32)
     y = draw.integers(0, case.spec.classes, BATCH)
-    return lambda: descent.step(x, y, BUDGET), theta.size
+    budget = Budget(forward=1, adjoint=0) if case.explicit else BUDGET
+    return lambda: descent.step(x, y, budget), theta.size
 
 
-def measure(case: Case, graph: bytes) -> Reading:
-    """In this process, which has trained nothing yet."""
+def graphs_of(case: Case) -> tuple[bytes, bytes]:
+    """Training graphs of the small model and of the case's, empty where its library needs none."""
+    if case.library == "torch" or not isinstance(case.spec, ModelSpec):
+        return b"", b""
+    return build_graph(TINY), build_graph(case.spec)
+
+
+def measure(case: Case, tiny: bytes, graph: bytes) -> Reading:
+    """In this process, which has trained nothing yet, and built no graph either: a device gets its graph."""
     keep_heap()  # as the trainer does
-    tiny = Case(spec=ModelSpec(input_shape=(8, 4, 4), classes=2, cell="residual", channels=8), library=case.library)
-    stepper(tiny, build_graph(tiny.spec) if case.library == "onnx" else b"")[0]()  # type: ignore[arg-type]  # a ModelSpec
+    stepper(Case(spec=TINY, library=case.library), tiny)[0]()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of loading a library is not the step's
     baseline = rss_bytes()
     step, parameters = stepper(case, graph)
@@ -115,22 +148,26 @@ def measure(case: Case, graph: bytes) -> Reading:
         began = time.process_time()
         step()
         seconds.append(time.process_time() - began)
-    return Reading(bytes=peak_rss_bytes() - baseline, seconds=statistics.median(seconds), parameters=parameters)
+    peak = peak_rss_bytes()
+    return Reading(bytes=peak - baseline, whole=peak, seconds=statistics.median(seconds), parameters=parameters)
 
 
 def in_a_process_of_its_own(name: str) -> Reading:
     """What `measure` gives there."""
     command = [sys.executable, "-m", "tests.bench.step_memory", "--child", name]
-    return msgspec.json.decode(subprocess.run(command, capture_output=True, check=True).stdout, type=Reading)
+    graphs = msgspec.msgpack.encode(graphs_of(CASES[name]))
+    done = subprocess.run(command, input=graphs, stdout=subprocess.PIPE, check=True)
+    return msgspec.json.decode(done.stdout, type=Reading)
 
 
-def memory(only: str = "") -> None:
-    """A row per model, over the reference."""
+def memory(only: str = "") -> dict[str, Reading]:
+    """A row per model, over the reference; what was read."""
     reference = in_a_process_of_its_own(REFERENCE)
+    readings = {REFERENCE: reference}
     for name, case in CASES.items():
         if only not in name and name != REFERENCE:
             continue
-        found = reference if name == REFERENCE else in_a_process_of_its_own(name)
+        found = readings[name] = reference if name == REFERENCE else in_a_process_of_its_own(name)
         Figure(
             section="memory",
             name=f"{name} / {REFERENCE}" if name != REFERENCE else name,
@@ -138,6 +175,26 @@ def memory(only: str = "") -> None:
             goal=case.goal,
             detail=f"{found.bytes / 1e6:.0f} MB, {found.seconds:.3f} s a step, {found.parameters:,} shared parameters",
         ).show()
+    return readings
+
+
+def boards(readings: Mapping[str, Reading]) -> None:
+    """A row per model: MB of its process, and seconds of a round on each board."""
+    chosen = sorted(profiles().values(), key=lambda profile: profile.relative_speed)
+    names = "  ".join(profile.id for profile in chosen)
+    print(f"{'':36} process  a round of {SAMPLES} samples: {names}", file=sys.stderr)
+    for name, found in readings.items():
+        rounds = {profile.id: _round(found, profile) for profile in chosen}
+        told = [f"{'-' if taken is None else f'{taken:.1f} s':>{len(board)}}" for board, taken in rounds.items()]
+        print(f"{name:36} {found.whole / 1e6:4.0f} MB  {'':24}{'  '.join(told)}", file=sys.stderr)
+        print(json.dumps({"section": "boards", "name": name, "process_mb": found.whole / 1e6, "round_s": rounds}))
+
+
+def _round(found: Reading, profile: Profile) -> float | None:
+    """Seconds, None where the process does not fit."""
+    if found.whole > profile.memory_bytes:
+        return None
+    return -(-SAMPLES // BATCH) * found.seconds / profile.relative_speed
 
 
 def main() -> None:
@@ -147,11 +204,10 @@ def main() -> None:
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is None:
-        memory(options.only)
+        boards(memory(options.only))
         return
-    case = CASES[options.child]
-    graph = build_graph(case.spec) if isinstance(case.spec, ModelSpec) and case.library == "onnx" else b""
-    print(msgspec.json.encode(measure(case, graph)).decode())
+    tiny, graph = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=tuple[bytes, bytes])
+    print(msgspec.json.encode(measure(CASES[options.child], tiny, graph)).decode())
 
 
 if __name__ == "__main__":

@@ -40,6 +40,13 @@ def test_the_bits_of_a_step_are_those_of_every_platform() -> None:
     assert dual_step(difference, 1.0, 32).tolist() == [429496736, -1288490240, 43, 0, 4, 2, 5302137126912]
 
 
+@pytest.mark.parametrize("most", [2.0**18, 2.0**19, 2.0**19 - 2.0**-33, 2.0**19 + 2.0**-32, 2.0**20 - 1.0])
+def test_halves_go_to_the_even_integer_whatever_stands_beside_them(most: float) -> None:
+    halves = (np.arange(-8, 9) + 0.5) * 2.0**-32
+    step = dual_step(np.array([*halves, 0.0, -0.0, most, -most]), 1.0, 32)
+    assert step.tolist() == [round(Fraction(entry) * 2**32) for entry in [*halves, 0.0, 0.0, most, -most]]
+
+
 @settings(derandomize=True, database=None)
 @given(kappa=st.floats(0.0, 1e300, exclude_min=True))
 def test_a_penalty_travels_as_a_float_without_loss_and_is_never_zero(kappa: float) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedeq_edge.consensus.fixed import dual_value
 from fedeq_edge.simulation import journal
 from fedeq_edge.simulation.jobs import Job, Outcome
 from fedeq_edge.simulation.journal import Journal, Waiting
@@ -61,7 +62,9 @@ def test_duals_are_sums_of_their_steps_of_any_size(high: int, tmp_path: Path) ->
     duals.put("b", np.zeros(SIZE, np.int64))
     for step in steps:
         duals.advance("a", step)
+        np.testing.assert_array_equal(duals.value("a"), dual_value(duals.get("a"), np.float32))
     np.testing.assert_array_equal(duals.get("a"), steps.sum(axis=0))
+    assert not duals.value("b").any()
     assert not duals.get("b").any()
     duals.put("a", np.zeros(SIZE, np.int64))
     assert not duals.get("a").any()

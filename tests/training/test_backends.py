@@ -15,9 +15,10 @@ from fedeq_edge.consensus.methods import METHODS
 from fedeq_edge.data.npz import save_client
 from fedeq_edge.deq.initial import initial
 from fedeq_edge.deq.spec import ModelSpec
-from fedeq_edge.errors import ConfigError
+from fedeq_edge.errors import ConfigError, SolverError
 from fedeq_edge.training import exchange
-from fedeq_edge.training.step import BackendName, LocalResult, Personal
+from fedeq_edge.training.backend import micro_batches
+from fedeq_edge.training.step import BackendName, Budget, LocalResult, Personal
 from fedeq_edge.wire.chunks import digest
 from tests.training.local_rounds import ADMM, PLAN, RESIDUAL, SHARED, SPEC, backend_of, blobs, first_task, learner_on
 
@@ -71,6 +72,61 @@ def test_whole_rounds_come_to_the_same_on_both_backends(spec: ModelSpec, method:
     np.testing.assert_allclose(onnx_personal.theta, torch_personal.theta, rtol=0, atol=2e-3)
     assert onnx_personal.accuracy_personal == pytest.approx(torch_personal.accuracy_personal, abs=0.034)
     assert onnx_personal.local_only == pytest.approx(torch_personal.local_only, abs=0.034)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+@pytest.mark.parametrize("spec", [SPEC, MONOTONE, RESIDUAL], ids=["dense", "monotone", "image"])
+def test_a_round_in_micro_batches_is_that_of_whole_batches_to_rounding(backend: BackendName, spec: ModelSpec) -> None:
+    whole, parts, again = (
+        learner_on(backend, spec, replace(THREE_ROUNDS, microbatch=most)).train(first_task(spec, ADMM))
+        for most in (0, 3, 3)
+    )
+    moved = float(np.linalg.norm(whole.difference))
+    assert 0.0 < float(np.linalg.norm(parts.difference - whole.difference)) < 1e-4 * moved
+    np.testing.assert_allclose(parts.head, whole.head, rtol=1e-4, atol=1e-5)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-4)
+    assert parts.residual == pytest.approx(whole.residual, rel=1e-3, abs=1e-7)
+    assert parts.backward_residual == pytest.approx(whole.backward_residual, rel=1e-3, abs=1e-7)
+    np.testing.assert_array_equal(again.difference, parts.difference)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_a_step_that_diverges_in_its_second_micro_batch_changes_nothing(backend: BackendName) -> None:
+    model = backend_of(backend, SPEC, replace(PLAN, microbatch=2))
+    model.load(*initial(SPEC, 0))
+    before, steps = model.parameters(), model.descent(rate=0.1)
+    x = np.random.default_rng(0).normal(size=(4, *SPEC.input_shape)).astype(np.float32)
+    x[3] = np.nan
+    with pytest.raises(SolverError):
+        steps.step(x, np.zeros(4, np.int64), Budget(forward=3, adjoint=1))
+    for found, expected in zip(model.parameters(), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    x[3] = 0.0
+    assert np.isfinite(steps.step(x, np.zeros(4, np.int64), Budget(forward=3, adjoint=1)).loss)
+    assert all(np.isfinite(vector).all() for vector in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "sizes"), [(32, 0, [32]), (32, 8, [8] * 4), (32, 12, [10, 11, 11]), (3, 8, [3])]
+)
+def test_micro_batches_are_even_and_none_is_larger_than_allowed(batch: int, most: int, sizes: list[int]) -> None:
+    assert [part.stop - part.start for part in micro_batches(batch, most)] == sizes
+
+
+def test_a_training_step_of_torch_imports_no_symbolic_algebra() -> None:
+    code = """
+import sys
+import numpy as np
+from fedeq_edge.training.torch_step import TorchBackend
+from fedeq_edge.training.step import Budget, Plan
+from tests.training.local_rounds import RESIDUAL
+backend = TorchBackend(RESIDUAL, Plan())
+steps = backend.descent(rate=0.1)
+steps.step(np.ones((2, *RESIDUAL.input_shape), np.float32), np.zeros(2, np.int64), Budget(forward=2, adjoint=2))
+assert "sympy" not in sys.modules, "35 MB that nothing here uses"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_penalty_that_graphs_do_not_know_is_refused_with_the_remedy() -> None:
