@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +19,27 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fedeq_edge.atomic import writing
+from fedeq_edge.data.choice import LARGEST_CLASS, parse_classes, rows_of_classes, some_clients, wholly_marked
 from fedeq_edge.errors import DataError
 
 LARGEST_ARRAY_BYTES = 2 << 30
 """Per array, before reading: a few times the largest set of our studies; a zip of 1 MB can claim to hold 1 TB."""
-LARGEST_CLASS = 9999
-"""A labels array or class list beyond this is some other column (an id, a time) taken for labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientData:
-    """One device's data. x_*: (n, ...) float32, images (n, channels, height, width). y_*: (n,) int64."""
+    """One device's data. x_*: (n, ...) float32, images (n, channels, height, width). y_*: (n,) int64.
+
+    validation: (n,) bool, the training rows that the file gives to choose settings by; None where it does not say.
+    apart: whether a column of the file sets this client apart from the others.
+    """
 
     x_train: NDArray[np.float32]
     y_train: NDArray[np.int64]
     x_test: NDArray[np.float32]
     y_test: NDArray[np.int64]
+    validation: NDArray[np.bool_] | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +77,7 @@ def load_client(path: Path, *, gaps: bool = False) -> ClientData:
 
 
 def save_client(path: Path, data: ClientData) -> None:
-    """`path` holds the arrays x, y and split (bool), so that `load_client` gives `data` back."""
+    """`path` holds the arrays x, y and split (bool), so that `load_client` gives these parts of `data` back."""
     split = np.repeat([False, True], [data.y_train.size, data.y_test.size])
     x, y = np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
     with path.open("wb") as file:  # a name would get .npz appended
@@ -125,29 +130,32 @@ def load_fleet(
     where: str | None = None,
     classes: str | Sequence[int] | None = None,
     clients: int | None = None,
-    validation: bool = False,
+    seed: int | None = None,
+    apart: str | None = None,
 ) -> dict[str, ClientData]:
     """One client per value of the column `client`, in order of that value, named by it.
 
     x, y, client, test: names of arrays with one row per sample; test: True or "test" marks test rows (None: `split`
-    if there is such a column, else every fifth row of a client). validation: for choosing settings; the rows that the
-    test column marks "validation", which else are training rows, are the test part, and its test rows are left out.
+    if there is such a column, else every fifth row of a client). Rows that a text column marks "validation" are
+    training rows, and told apart (`ClientData.validation`).
     where: a boolean column that chooses rows, "!name" the rows where it is false.
     classes: labels to keep, as [0, 1, 4] or "0-5" or "0,1,4". Labels become 0 to C-1 in ascending order, over the
-    fleet as a whole. clients: the first so many of those that remain.
+    fleet as a whole. apart: as `where`, marks the rows of clients that are set apart; all of those are in the fleet.
+    clients: so many of the others, the first ones, or with a seed drawn by lot.
     """
     with _opened(path) as archive:
         stored, labels, ids = archive.samples(x), archive.labels(y), archive.column(client)
         _same_length(path, {x: stored, y: labels, client: ids})
         keep = archive.chosen_rows(where, labels.size)
+        besides = np.zeros_like(keep) if apart is None else archive.chosen_rows(apart, labels.size)
         column = test or ("split" if "split" in archive.names else None)
         marked = None if column is None else archive.test_rows(column, labels.size)
-        if validation:
-            keep &= ~archive.test_rows(column or "split", labels.size)
-            marked = archive.marked_rows(column or "split", labels.size, "validation")
+        checks = None if column is None else archive.validation_rows(column)
     if classes is not None:
         keep &= rows_of_classes(path, labels, parse_classes(classes))
-    keep &= np.isin(ids, _first_clients(path, ids[keep], clients))
+    loners = wholly_marked(ids[keep], besides[keep])
+    chosen = some_clients(path, np.setdiff1d(ids[keep], loners), clients, seed)
+    keep &= np.isin(ids, np.concatenate([chosen, loners]))
     kept = np.flatnonzero(keep)
     values, ids = _as_samples(stored[kept]), ids[kept]
     _check_finite(path, x, values, rows=kept)
@@ -155,7 +163,9 @@ def load_fleet(
     fleet = {}
     for name, mine in _rows_by_value(ids):
         tests = _every_fifth(mine.size) if marked is None else marked[kept[mine]]
-        fleet[name] = _client(path, name, values[mine], ranks[mine].astype(np.int64), tests)
+        client_data = _client(path, name, values[mine], ranks[mine].astype(np.int64), tests)
+        held = None if checks is None else checks[kept[mine]][~tests]
+        fleet[name] = replace(client_data, validation=held, apart=bool(np.isin(ids[mine[0]], loners)))
     return fleet
 
 
@@ -241,10 +251,11 @@ class _Archive:
         column = self._column_of(name, rows, "bU", 'bool, or text with "test"')
         return column == "test" if column.dtype.kind == "U" else column.astype(np.bool_)
 
-    def marked_rows(self, name: str, rows: int, word: str) -> NDArray[np.bool_]:
-        """(rows,) bool: where a text column says `word`."""
-        marked: NDArray[np.bool_] = self._column_of(name, rows, "U", f'text with "{word}"') == word
-        return marked
+    def validation_rows(self, name: str) -> NDArray[np.bool_] | None:
+        """(rows,) bool: where a text column says "validation"; None where it nowhere does."""
+        column = self.column(name)
+        checks = np.asarray(column == "validation") if column.dtype.kind == "U" else None
+        return checks if checks is not None and checks.any() else None
 
     def chosen_rows(self, where: str | None, rows: int) -> NDArray[np.bool_]:
         """(rows,) bool of a `where` option; all rows without one."""
@@ -349,41 +360,6 @@ def _check_finite(path: Path, name: str, x: NDArray[np.float32], *, rows: NDArra
             f"{path}: array {name!r} has NaN or infinity in {int(bad.sum())} of {rows.size} rows, "
             f"first in row {rows[bad.argmax()]}; remove or repair those rows"
         )
-
-
-def parse_classes(classes: str | Sequence[int]) -> list[int]:
-    """Ascending labels of "0-5", "0,1,4", a mixture, or a sequence. Raises DataError for anything else."""
-    if not isinstance(classes, str):
-        return sorted(set(classes))
-    chosen: set[int] = set()
-    for part in classes.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise DataError(f'classes {classes!r} cannot be read at {part!r}; write "0-5" or "0,1,4"')
-        low, high = int(first), int(last or first)
-        if not low <= high <= LARGEST_CLASS:
-            raise DataError(f"classes {classes!r}: {part.strip()!r} is no range within 0-{LARGEST_CLASS}")
-        chosen.update(range(low, high + 1))
-    return sorted(chosen)
-
-
-def rows_of_classes(path: Path, labels: NDArray[np.int64], classes: list[int]) -> NDArray[np.bool_]:
-    """(N,) whether a label is one of `classes`. Raises DataError, which names the file, where one does not occur."""
-    known = np.unique(labels)
-    missing = sorted(set(classes) - set(known.tolist()))
-    if missing:
-        raise DataError(f"{path}: no sample has class {missing[0]}; the labels are {', '.join(map(str, known[:20]))}")
-    return np.isin(labels, classes)
-
-
-def _first_clients(path: Path, ids: NDArray[np.generic], clients: int | None) -> NDArray[np.generic]:
-    """The first `clients` ids in ascending order; all of them for None."""
-    names = np.unique(ids)
-    if names.size == 0:
-        raise DataError(f"{path}: no row is left to any client; relax `where` and `classes`")
-    if clients is not None and not 1 <= clients <= names.size:
-        raise DataError(f"{path}: {clients} clients asked for, it has {names.size}; give 1 to {names.size}")
-    return names[:clients]
 
 
 def _client(path: Path, name: str, x: NDArray[np.float32], y: NDArray[np.int64], test: NDArray[np.bool_]) -> ClientData:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from fedeq_edge import __version__
 from fedeq_edge.data.archives import Samples, Source, read
 from fedeq_edge.data.archives.official import official_names
-from fedeq_edge.data.npz import LARGEST_ARRAY_BYTES, parse_classes, rows_of_classes, save_columns
+from fedeq_edge.data.choice import parse_classes, rows_of_classes
+from fedeq_edge.data.npz import LARGEST_ARRAY_BYTES, save_columns
 from fedeq_edge.data.options import Options
 from fedeq_edge.data.partition import Indices, alike, by_labels, dirichlet, iid, label_sets
 from fedeq_edge.data.parts import NAMES, TEST, TRAIN, VALIDATION, Parts, keeps_official, parted

@@ -12,7 +12,8 @@
     [[fleet.groups]]    which boards, on which links, how often away or slow (Group)
     [evaluation]        when and how accuracy is measured (EvaluationTable)
     [[variants]]        name = "..." and changes of any table above: one run each, and seed
-    [tune]              seed, and values of any key: "train.learning_rate" = [0.03, 0.1], chosen on validation data
+    [tune]              values of any key, "train.learning_rate" = [0.03, 0.1], chosen on validation data; seed and
+                        rounds of the runs that choose
 
 Everything is checked before anything runs; an unknown key is refused with the nearest known one.
 """
@@ -42,10 +43,12 @@ _STUDIES: Final = "fedeq_edge.simulation.studies"
 class DataTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[data]: file is "digits" or an .npz with one row per sample; x, y, client, test, where, classes name its arrays.
 
-    clients: only the first so many; of the digits, how many there are. seed: of the digits' split and of the validation
-    part. validation: share of each client's training data that `[tune]` chooses by, in (0, 1); ordered: a client's rows
-    follow each other in time, so that share is its last rows. unseen: clients that are kept out of training and
-    evaluated at the end: their names, or how many of the last ones.
+    In a file of `fedeq data prepare` they are known: x, y, client and test are not looked at, and `[tune]` chooses by
+    its validation part. clients: so many drawn by seed; of the digits, how many there are. seed: of that, of the
+    digits' split and of the validation part. validation: share of each client's training data that `[tune]` chooses by
+    where the file marks none, in (0, 1); ordered: a client's rows follow each other in time, so that share is its last
+    rows. unseen: clients that are kept out of training and evaluated at the end: their names, how many of the last
+    ones, or a boolean array that marks all their rows, such as official_test; those are not counted by `clients`.
     """
 
     file: str = "digits"
@@ -59,7 +62,7 @@ class DataTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seed: int = 0
     validation: float = 0.2
     ordered: bool = False
-    unseen: int | tuple[str, ...] = 0
+    unseen: int | str | tuple[str, ...] = 0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.validation < 1.0:
@@ -186,11 +189,15 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Variant(msgspec.Struct, frozen=True, kw_only=True):
-    """One [[variants]] entry as it is run: choices are (name, experiment) of [tune]'s grid, tuned by seed `seed`."""
+    """One [[variants]] entry as it is run: choices are (name, experiment) of [tune]'s grid.
+
+    tune_seed, tune_rounds: of the runs that choose; None: as many rounds as the experiment has.
+    """
 
     experiment: Experiment
     choices: tuple[tuple[str, Experiment], ...] = ()
     tune_seed: int = 0
+    tune_rounds: int | None = None
 
 
 def load(path: Path) -> list[Variant]:
@@ -256,14 +263,16 @@ def _variant(
     name = str(changes.pop("name", "base"))
     tables = _merged(common, {**changes, "variant": name})
     place = where if name == "base" else f"{where} [variants {name}]"
-    seed = grid.get("seed", 0)
-    if not isinstance(seed, int):
-        raise ConfigError(f"{where} [tune]: seed is {seed!r}; give a number")
+    seed, rounds = grid.get("seed", 0), grid.get("rounds")
+    for key, value in (("seed", seed), ("rounds", rounds)):
+        if value is not None and (not isinstance(value, int) or value < (key == "rounds")):
+            raise ConfigError(f"{where} [tune]: {key} is {value!r}; give a whole number")
     choices = []
-    for values in _grid({key: value for key, value in grid.items() if key != "seed"}, where):
+    for values in _grid({key: value for key, value in grid.items() if key not in ("seed", "rounds")}, where):
         label = ", ".join(f"{key} = {value}" for key, value in values.items())
         choices.append((label, _experiment(_merged(tables, _nested(values)), f"{place} [tune]", base)))
-    return Variant(experiment=_experiment(tables, place, base), choices=tuple(choices), tune_seed=seed)
+    chosen = _experiment(tables, place, base)
+    return Variant(experiment=chosen, choices=tuple(choices), tune_seed=seed, tune_rounds=rounds)
 
 
 def _experiment(tables: Mapping[str, Any], where: str, base: Path | None) -> Experiment:

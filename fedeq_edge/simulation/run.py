@@ -57,7 +57,8 @@ class _Data:
     def scenario(self, setup: Setup) -> tuple[Scenario, str]:
         """A run's parts, and the digest of its data."""
         table = setup.experiment.data
-        key = msgspec.structs.replace(table, unseen=0, validation=0.5)
+        column = table.unseen if isinstance(table.unseen, str) else 0
+        key = msgspec.structs.replace(table, unseen=column, validation=0.5)
         if key not in self.loaded:
             loaded = load_data(table)
             self.loaded[key] = loaded, data_digest(loaded)
@@ -136,7 +137,7 @@ class Runs:
             check_installed(variant.experiment.model, variant.experiment.backend)
             self._data.scenario(Setup(experiment=variant.experiment, seed=0))
             for _, experiment in variant.choices:
-                self._data.scenario(Setup(experiment=experiment, seed=variant.tune_seed, tuning=True))
+                self._data.scenario(_choosing(variant, experiment))
 
     def all(self, workers: Workers, out: Path) -> list[Result]:
         """The results, variant by variant and seed by seed."""
@@ -156,8 +157,8 @@ class Runs:
         tuning_path(out, variant.experiment.variant, 0).parent.mkdir(exist_ok=True)
         for number, (label, experiment) in enumerate(variant.choices):
             path = tuning_path(out, experiment.variant, number)
-            setup = Setup(experiment=experiment, seed=variant.tune_seed, tuning=True)
-            result = self._one(_Run(f"tune {experiment.variant}: {label}", setup, path), workers, None)
+            wanted = _Run(f"tune {experiment.variant}: {label}", _choosing(variant, experiment), path)
+            result = self._one(wanted, workers, None)
             scores.append((result.end["personal"] or 0.0, label, experiment))
         best = max(scores, key=lambda score: score[0])
         tuned = {"chosen": best[1], "seed": variant.tune_seed, "validation": {label: s for s, label, _ in scores}}
@@ -171,6 +172,13 @@ class Runs:
         if not finished(wanted.path, header):
             play(scenario, workers, wanted.path, header, self._view.line, engine=self._options.engine)
         return read(wanted.path)
+
+
+def _choosing(variant: Variant, choice: Experiment) -> Setup:
+    """The run that tells how good this choice is."""
+    if variant.tune_rounds is not None:
+        choice = msgspec.structs.replace(choice, train={**choice.train, "rounds": variant.tune_rounds})
+    return Setup(experiment=choice, seed=variant.tune_seed, tuning=True)
 
 
 def play(

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedeq_edge import settings
 from fedeq_edge.consensus.methods import Method
-from fedeq_edge.data.npz import ClientData, describe, load_fleet
+from fedeq_edge.data.npz import ClientData, column_names, describe, load_fleet
 from fedeq_edge.demo.source import device_ids, statistics
 from fedeq_edge.errors import ConfigError, DataError
 from fedeq_edge.hardware.profiles import load_profile
@@ -30,6 +30,8 @@ from fedeq_edge.training.step import Calibration, Plan, Vector
 from fedeq_edge.wire.topics import Topics
 
 _DIGITS_CLIENTS = 6
+# `fedeq data prepare` names its arrays alike for every data set: a study on another file of that set takes it as well.
+_PREPARED = DataTable()
 Fleet = Mapping[str, ClientData]
 
 
@@ -130,15 +132,19 @@ def load_data(table: DataTable) -> dict[str, ClientData]:
         from fedeq_edge.data.digits import digits_fleet  # noqa: PLC0415  # scikit-learn only for this data set
 
         return digits_fleet(devices=table.clients or _DIGITS_CLIENTS, seed=table.seed)
+    path = Path(table.file)
+    named = _PREPARED if "provenance" in column_names(path) else table
     fleet = load_fleet(
-        Path(table.file),
-        x=table.x,
-        y=table.y,
-        client=table.client,
-        test=table.test,
+        path,
+        x=named.x,
+        y=named.y,
+        client=named.client,
+        test=named.test,
         where=table.where,
         classes=table.classes,
         clients=table.clients,
+        seed=table.seed,
+        apart=table.unseen if isinstance(table.unseen, str) else None,
     )
     return dict(zip(device_ids(list(fleet)), fleet.values(), strict=True))
 
@@ -151,6 +157,8 @@ def data_digest(fleet: Fleet) -> str:
         digest.update(name.encode())
         for part in (data.x_train, data.y_train, data.x_test, data.y_test):
             digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+        if data.validation is not None:
+            digest.update(data.validation.tobytes())
     return digest.hexdigest()
 
 
@@ -165,6 +173,10 @@ def _divided(fleet: Fleet, table: DataTable) -> tuple[Fleet, Fleet]:
     names = list(fleet)
     if isinstance(table.unseen, int):
         held = set(names[len(names) - table.unseen :]) if table.unseen else set()
+    elif isinstance(table.unseen, str):
+        held = {name for name, data in fleet.items() if data.apart}
+        if not held:
+            raise ConfigError(f"data.unseen: {table.unseen!r} marks no client of {table.file}; name another column")
     else:
         held = set(table.unseen)
         strangers = sorted(held - set(names))
@@ -197,8 +209,11 @@ def _check_schedule(schedule: Schedule, plan: Plan, clients: int) -> None:
 def _for_tuning(name: str, data: ClientData, table: DataTable) -> ClientData:
     """The client's training data alone, a part of which stands where the test part stood."""
     held = held_out(data, table.validation, seed=table.seed, ordered=table.ordered)
-    if not len(held.y_test):
-        raise ConfigError(f"tune: client {name} has {len(data.y_train)} training samples; raise data.validation")
+    if not len(held.y_test) or not len(held.y_train):
+        raise ConfigError(
+            f"tune: client {name} has {len(data.y_train)} training samples, {len(held.y_test)} of them for validation; "
+            "mark some of them, not all, or raise data.validation"
+        )
     return held
 
 

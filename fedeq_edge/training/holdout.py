@@ -12,8 +12,9 @@ from fedeq_edge.errors import ConfigError
 def held_out(data: ClientData, share: float, *, seed: int, ordered: bool = False) -> ClientData:
     """`data` with the test part replaced by `share` of its training part, by class, and training on the rest.
 
-    The test part is not in the result, so nobody can choose on it. At least one sample stays to train on; a client
-    with a single one has none to choose by. The same seed gives the same split.
+    Where the data come with validation rows, it is those instead of a share. The test part is not in the result, so
+    nobody can choose on it. At least one sample stays to train on; a client with a single one has none to choose by.
+    The same seed gives the same split.
     ordered: rows are as they were recorded. Neighbours are alike then, or overlap, and a split by lot asks for what
     training has seen (HAR: 0.99 where the test part says 0.95), so the last rows of each label are held out.
     Raises ConfigError for a share outside (0, 1).
@@ -21,12 +22,14 @@ def held_out(data: ClientData, share: float, *, seed: int, ordered: bool = False
     if not 0.0 < share < 1.0:
         raise ConfigError(f"validation is {share}; give a share of the training data between 0 and 1")
     x, y = data.x_train, data.y_train
-    if ordered:
+    if data.validation is not None:
+        chosen, kept = data.validation, ~data.validation
+    elif ordered:
         chosen, kept = last_by_class(y, share)
     else:
         chosen = drawn_by_class(y, share, np.random.default_rng(seed))
         kept = ~chosen
-    return replace(data, x_train=x[kept], y_train=y[kept], x_test=x[chosen], y_test=y[chosen])
+    return replace(data, x_train=x[kept], y_train=y[kept], x_test=x[chosen], y_test=y[chosen], validation=None)
 
 
 def last_by_class(labels: NDArray[np.int64], share: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -128,6 +128,33 @@ def test_the_first_clients_are_those_of_the_rows_that_remain(tmp_path: Path) -> 
     assert list(load_fleet(path, clients=1, where="official")) == ["100"]
 
 
+def test_clients_that_a_column_sets_apart_come_on_top_of_those_asked_for(tmp_path: Path) -> None:
+    # a client with rows of both kinds is one of the others
+    path = written(tmp_path / "f.npz", **columns(official=np.arange(ROWS) >= 18))
+    fleet = load_fleet(path, clients=1, apart="official")
+    assert {name: data.apart for name, data in fleet.items()} == {"0": False, "2": True, "3": True}
+    assert not any(data.apart for data in load_fleet(path).values())
+
+
+def test_clients_drawn_by_lot_are_those_of_their_seed_in_order(tmp_path: Path) -> None:
+    path = written(tmp_path / "f.npz", **columns(client=np.arange(ROWS) // 2, local_test=np.arange(ROWS) % 2 == 0))
+    first, again, other = (list(load_fleet(path, test="local_test", clients=5, seed=n)) for n in (1, 1, 2))
+    assert first == again != other
+    assert list(map(int, first)) == sorted(map(int, first))
+    assert len(set(first)) == 5
+
+
+def test_validation_rows_are_training_rows_that_can_be_told(tmp_path: Path) -> None:
+    split = np.resize(["train", "validation", "test", "train", "train"], ROWS)
+    data = load_fleet(written(tmp_path / "f.npz", **columns(split=split)))["1"]
+    assert data.y_train.size == 8
+    assert data.validation is not None
+    assert data.validation.tolist() == [False, True, False, False] * 2
+    plain = written(tmp_path / "g.npz", **columns(split=np.where(split == "test", "test", "train")))
+    assert load_fleet(plain)["1"].validation is None
+    assert load_fleet(plain, test="local_test")["1"].validation is None
+
+
 def test_rows_that_are_left_out_may_hold_anything(tmp_path: Path) -> None:
     given = columns()
     given["x"][35] = np.nan

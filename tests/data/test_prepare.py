@@ -13,6 +13,7 @@ from fedeq_edge.data.options import Options
 from fedeq_edge.data.partition import alike, iid
 from fedeq_edge.data.prepare import Prepared, prepare
 from fedeq_edge.errors import ConfigError, DataError, StateError
+from fedeq_edge.training.holdout import held_out
 from tests.data.archives import (
     cifar10_files,
     digit_files,
@@ -64,10 +65,10 @@ def test_a_prepared_file_is_read_by_name_of_its_columns_alone(tmp_path: Path) ->
 
 def test_settings_can_be_chosen_without_a_look_at_the_test(tmp_path: Path) -> None:
     _, file = prepared(zipped(tmp_path / "har.zip", har_files(windows=30)), tmp_path / "har.npz")
-    fleet = load_fleet(tmp_path / "har.npz", validation=True)
+    held = held_out(load_fleet(tmp_path / "har.npz")["2"], 0.5, seed=0, ordered=True)
     mine = file["client"] == 2
-    assert (fleet["2"].x_train == file["x"][mine & (file["split"] == "train")]).all()
-    assert (fleet["2"].x_test == file["x"][mine & (file["split"] == "validation")]).all()
+    assert (held.x_train == file["x"][mine & (file["split"] == "train")]).all()
+    assert (held.x_test == file["x"][mine & (file["split"] == "validation")]).all()
 
 
 def test_labels_that_are_left_out_make_room_in_the_numbering(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,3 +68,11 @@ def test_of_a_recording_the_first_row_stays_to_train_on() -> None:
     cut = held_out(numbered(np.zeros(2, np.int64)), 0.9, seed=0, ordered=True)
     assert cut.x_train[:, 0].tolist() == [0]
     assert cut.x_test[:, 0].tolist() == [1]
+
+
+def test_what_the_file_gives_for_validation_is_held_out_and_no_share_of_the_rest() -> None:
+    marks = np.arange(len(LABELS)) % 9 == 0
+    cut = held_out(replace(numbered(LABELS), validation=marks), 0.5, seed=0, ordered=True)
+    assert cut.x_test[:, 0].tolist() == np.flatnonzero(marks).tolist()
+    assert cut.x_train[:, 0].tolist() == np.flatnonzero(~marks).tolist()
+    assert cut.validation is None
