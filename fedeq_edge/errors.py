@@ -39,6 +39,7 @@ class Exit(enum.IntEnum):
     BOOTED_CARD = 12
     BUSY = 13  # another installer is at work
     ACTION_EXPIRED = 14
+    OTHER_DEVICE = 15  # the board, or the mounted root, is a device of another name
 
 
 class FedEqError(Exception):

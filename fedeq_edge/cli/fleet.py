@@ -158,7 +158,8 @@ def serve(
 ) -> None:
     """Serve devices until SIGTERM: enrolment, renewal, reports and releases over HTTPS."""
     from fedeq_edge.provision.ca import Authority  # noqa: PLC0415  # cryptography, only when it is asked for
-    from fedeq_edge.provision.service import Desk, Service  # noqa: PLC0415  # as above
+    from fedeq_edge.provision.desk import Desk  # noqa: PLC0415  # as above
+    from fedeq_edge.provision.service import Service  # noqa: PLC0415  # as above
 
     fleet = Fleet.open(folder)
     desk = Desk(fleet, Authority.open(folder / "ca", passphrase_of(folder)))

@@ -64,7 +64,7 @@ def agrees(found: bytes, fleet: FleetSettings, device: str, *, torch: bool) -> b
         return False
     if said.device != device:
         raise ProvisionError(
-            Exit.MISUSED,
+            Exit.OTHER_DEVICE,
             f"the board is device {said.device}, not {device}; flash it as --device {said.device}, or remove its "
             "/etc/fedeq-edge to make it another one",
         )

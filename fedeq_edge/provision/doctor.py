@@ -39,6 +39,7 @@ _EXTRAS: Final = {
 }
 _FLASH: Final = "on the host: fedeq flash, once more"
 _ENROL: Final = "sudo fedeq device enrol --service URL --token TOKEN, as fedeq fleet token prints them on the host"
+_COPY: Final = "on the host, with this board's address: scp {} root@BOARD:{}"
 _RENEW: Final = "journalctl -u fedeq-updater.service; then enrol anew: fedeq device enrol --help"
 
 
@@ -210,8 +211,19 @@ def _identity(root: Path, clock: Clock) -> Iterator[Check]:
         yield check("identity", saw, fail=True, remedy=_ENROL)
         return
     yield from guarded(lambda: certificates([certificate], clock, _RENEW))
+    yield from _trusted(root)
     yield from guarded(lambda: _board_link(root))
     yield from _units((AGENT, UPDATER))
+
+
+def _trusted(root: Path) -> Iterator[Check]:
+    """What an update is held against: without it none is taken, and nothing but a new enrolment brings it."""
+    kept = {"fleet/keys/bundle.pub": "opt/fedeq-edge/bundle.pub"}
+    kept["fleet/tuf/metadata/1.root.json"] = "etc/fedeq-edge/root.json"
+    for theirs, ours in kept.items():
+        if not (root / ours).exists():
+            saw = f"{root / ours} is missing: no update is taken"
+            yield check("trust", saw, fail=True, remedy=_COPY.format(theirs, f"/{ours}"))
 
 
 def _board_link(root: Path) -> Iterator[Check]:

@@ -29,6 +29,7 @@ def fleet_folder(folder: Path) -> Iterator[Check]:
     """The fleet, and keys that others may read."""
     fleet = Fleet.open(folder)
     yield Check(name="fleet", saw=f"{fleet.settings.name}, devices: {len(fleet.devices)}, in {folder}")
+    yield from _trusted(folder)
     for secret in (folder / "ca/ca.key", folder / "keys/bundle.key", *sorted((folder / "tuf/keys").glob("*"))):
         mode = secret.stat().st_mode & 0o777
         if mode & 0o077:
@@ -38,6 +39,18 @@ def fleet_folder(folder: Path) -> Iterator[Check]:
                 verdict="fail",
                 remedy=f"chmod 600 {secret}",
             )
+
+
+def _trusted(folder: Path) -> Iterator[Check]:
+    """What boards hold releases against. Half of a key comes back from the other half, signatures do not."""
+    public, signed = folder / "keys/bundle.pub", folder / "tuf/metadata/1.root.json"
+    if not public.exists():
+        saw = f"{public} is missing: no bundle can be flashed or published"
+        yield check("trust", saw, fail=True, remedy=f"openssl pkey -in {folder}/keys/bundle.key -pubout -out {public}")
+    if not signed.exists():
+        saw = f"{signed} is missing: no board can enrol or update"
+        remedy = f"cp -a BACKUP/tuf/metadata {folder}/tuf/, from a backup of this folder"
+        yield check("trust", saw, fail=True, remedy=remedy)
 
 
 def fleet_links(folder: Path) -> Iterator[Check]:

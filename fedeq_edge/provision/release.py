@@ -43,7 +43,6 @@ import sys
 import tarfile
 import time
 import zlib
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Sequence  # noqa: UP035  # typing's: python 3.9
 
@@ -174,8 +173,7 @@ def public_key(pem: bytes) -> bytes:
 # Manifests
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One file of a bundle. sha256: in hex. mode: of the file, 0o644 or 0o755."""
 
     sha256: str
@@ -183,8 +181,7 @@ class Entry:
     mode: int
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """What a bundle says of itself. files: by their path within it, manifest and signature apart."""
 
     version: str
@@ -335,8 +332,7 @@ def _write_checked(path: Path, content: IO[bytes], entry: Entry) -> None:
 # The board
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """What a bundle must fit; "" where it cannot be told. architecture: of the programs, not of the kernel.
 
     python: of /usr/bin/python3; pythons: of all that are where a release's launcher looks for its own.
@@ -402,8 +398,7 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """A release that has not proven itself. boots: how often the unit was started without an installer watching."""
 
     version: str
@@ -411,16 +406,14 @@ class Trial:
     since: float
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(NamedTuple):
     """The release that was gone back from last, and what it said last."""
 
     version: str
     log: Sequence[str]
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """What `current` cannot tell. history: confirmed releases, newest first; the first is what a trial goes back to."""
 
     history: tuple[str, ...] = ()
@@ -465,12 +458,12 @@ class Steps:
         return {name: round(took, 3) for name, took in self._seconds.items() if took >= 1e-3}
 
 
-@dataclass(frozen=True)
 class Board:
-    """The releases of the system under `root`, and its units."""
+    """The releases of the system under `root`, and its units. step: hears of every step before it is done."""
 
-    root: Path
-    step: Steps = field(default_factory=lambda: Steps(lambda _: None))
+    def __init__(self, root: Path, step: Steps | None = None) -> None:
+        self.root = root
+        self.step = step or Steps(lambda _: None)
 
     @property
     def base(self) -> Path:
@@ -542,17 +535,17 @@ class Board:
     def reconcile(self) -> State:
         """State and link agree again, whatever a power cut has left; the state as it is then."""
         found, link = self.state(), self.current()
-        state = replace(found, history=tuple(name for name in found.history if self._complete(name)))
+        state = found._replace(history=tuple(name for name in found.history if self._complete(name)))
         if state.trial and state.failed and state.trial.version == state.failed.version == link and state.history:
             return self._return(state)  # it was about to go back
         if state.trial and state.trial.version != link:
-            state = replace(state, trial=None)  # it was not shown yet, or not any more
+            state = state._replace(trial=None)  # it was not shown yet, or not any more
         if link is None and state.history:
             link = state.history[0]
             self._switch(link)
         if link and not state.trial:
             known = state.history.index(link) if link in state.history else None
-            state = replace(state, history=(link, *state.history) if known is None else state.history[known:])
+            state = state._replace(history=(link, *state.history) if known is None else state.history[known:])
             self._place_installer(link)
         if state != found:
             self.save(state)
@@ -585,7 +578,7 @@ class Board:
         state = self.reconcile()
         if version != self.current() or version != state.confirmed:
             self.step("trial")
-            state = replace(state, trial=Trial(version, 0, time.time()), failed=None)
+            state = state._replace(trial=Trial(version, 0, time.time()), failed=None)
             self.save(state)
             self._switch(version)
             self.save(state)  # for those who read in the file what is current
@@ -606,7 +599,7 @@ class Board:
         """The trial has failed with these last lines; the release before it, if there is one, is current again."""
         state = self.state()
         assert state.trial is not None
-        state = replace(state, failed=Failed(state.trial.version, log))
+        state = state._replace(failed=Failed(state.trial.version, log))
         self.step("failed")
         self.save(state)  # before the link, so that a power cut between them cannot lose the reason
         if state.history:
@@ -616,7 +609,7 @@ class Board:
         self._switch(state.history[0])
         self._place_units(state.history[0])
         self.step("returned")
-        state = replace(state, trial=None)
+        state = state._replace(trial=None)
         self.save(state)
         return state
 
@@ -631,7 +624,7 @@ class Board:
         self._switch(state.previous)
         self._place_units(state.previous)
         self.step("returned")
-        self.save(replace(state, history=state.history[1:]))
+        self.save(state._replace(history=state.history[1:]))
         return state.previous
 
     def sweep(self) -> list[str]:
@@ -921,8 +914,8 @@ def boot(board: Board, _: argparse.Namespace) -> dict[str, Any]:
     """Before the unit starts: a trial that is damaged, or started for the third time, has gone back."""
     trial, history = (state := board.reconcile()).trial, state.history
     if trial:
-        trial = replace(trial, boots=trial.boots + 1)
-        board.save(replace(state, trial=trial))
+        trial = trial._replace(boots=trial.boots + 1)
+        board.save(state._replace(trial=trial))
         if history and (trial.boots >= BOOTS or not board.intact(trial.version)):
             board.go_back(board.log())
     return {}

@@ -1,27 +1,17 @@
 """`fedeq fleet serve`: HTTPS at which boards enrol, renew, report, and fetch releases.
 
-    POST /.well-known/est/simpleenroll     certificate request (PEM), Authorization: Bearer TOKEN -> certificate, CA
-    POST /.well-known/est/simplereenroll   certificate request, with the device's certificate -> certificate
-    GET  /.well-known/est/cacerts          CA certificate; a board compares it with its token's pin
-    POST /v1/report                        JSON (actions.py), with the device's certificate -> {"action": ...}
-    GET  /tuf/metadata/..., /tuf/targets/...   files of the repository (repository.py), with the device's certificate
-
-Theory of operation. TLS asks for a client's certificate and checks that this fleet's CA made it for clients; whether it
-is revoked, expired or a stranger's to the fleet is decided here, per request, so that a board hears the reason instead
-of a broken handshake. An expired certificate may renew itself and do nothing else: a board that lay in a drawer for two
-years still holds its key, and a board that is not to come back is revoked. A refusal is JSON {"exit", "error"}; `exit`
-is the exit status of the command on the board.
+Theory of operation. TLS asks for a client's certificate and checks that this fleet's CA made it for clients; all else
+is decided by the desk (desk.py), which knows neither sockets nor HTTP. A refusal is JSON {"exit", "error"}; `exit` is
+the exit status of the command on the board.
 
 The standard library's server is enough for a fleet that asks once a minute. It is hedged about: so many connections at
 a time, so long for a request, so many bytes.
 """
 
 import contextlib
-import hashlib
 import http.server
 import logging
 import os
-import re
 import shutil
 import socket
 import ssl
@@ -29,181 +19,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote
 
 import msgspec
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedeq_edge.errors import ConfigError, Exit, FedEqError, ProvisionError
-from fedeq_edge.provision.actions import Reply, Report
-from fedeq_edge.provision.ca import Authority, common_name, requested_key, revoked, serial_of
-from fedeq_edge.provision.fleet import Fleet
-from fedeq_edge.provision.tokens import Token
-
-ENROL: Final = "/.well-known/est/simpleenroll"
-RENEW: Final = "/.well-known/est/simplereenroll"
-AUTHORITY: Final = "/.well-known/est/cacerts"
-REPORT: Final = "/v1/report"
-_TUF: Final = ("metadata", "targets")
-_NEXT_ROOT: Final = re.compile(r"/tuf/metadata/\d+\.root\.json")
+from fedeq_edge.provision.desk import Answer, Desk, Refusal, Request
 
 _BODY_BYTES: Final = 262_144  # the largest report: 40,960 characters, six bytes each where JSON escapes them
 _BLOCK_BYTES: Final = 65_536
 _REQUEST_S: Final = 30.0  # handshake, headers and body; the answer may take as long as it moves
 _STALL_S: Final = 20.0  # without a byte, in either direction
 _CONNECTIONS: Final = 128  # threads at a time; a fleet of 1000 that asks once a minute has two or three
-# X509_V_FLAG_NO_CHECK_TIME: dates are checked per request, see above.
+# X509_V_FLAG_NO_CHECK_TIME: dates are checked per request (desk.py).
 _DATES_LATER: Final = 0x200000
 
 logger = logging.getLogger(__name__)
-
-
-class _Refusal(ProvisionError):  # noqa: N818  # as the desk says it
-    """A request that is not answered; `status` is that of HTTP."""
-
-    def __init__(self, status: int, exit: Exit, message: str) -> None:  # noqa: A002  # as ProvisionError has it
-        super().__init__(exit, message)
-        self.status = status
-
-
-class _Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What a board asks. peer: its certificate (DER), if it showed one."""
-
-    path: str
-    body: bytes
-    peer: bytes | None
-    bearer: str
-
-
-class _Answer(msgspec.Struct, frozen=True, kw_only=True):
-    kind: str
-    content: bytes | Path
-
-
-class Desk:
-    """Decides what each request gets; knows neither sockets nor HTTP."""
-
-    def __init__(self, fleet: Fleet, authority: Authority, clock: Callable[[], float] = time.time) -> None:
-        self._fleet = fleet
-        self._authority = authority
-        self._clock = clock
-        self._posts = {ENROL: self._enrol, RENEW: self._renew, REPORT: self._report}
-
-    def post(self, request: _Request) -> _Answer:
-        """Raises FedEqError with the reason of a refusal."""
-        if request.path not in self._posts:
-            raise _nothing_here(request.path)
-        return self._posts[request.path](request)
-
-    def get(self, request: _Request) -> _Answer:
-        """Raises FedEqError with the reason of a refusal."""
-        if request.peer is not None:
-            self._refuse_revoked(x509.load_der_x509_certificate(request.peer))
-        if request.path == AUTHORITY:
-            return _Answer(kind="application/x-pem-file", content=self._authority.pem)
-        if not request.path.startswith("/tuf/"):
-            raise _nothing_here(request.path)
-        self._member(request)
-        found = self._tuf_file(request.path)
-        if found.name == "timestamp.json":
-            self._freshen()
-        return _Answer(kind="application/octet-stream", content=found)
-
-    def _enrol(self, request: _Request) -> _Answer:
-        token, device = Token.parse(request.bearer), _named(request.body)
-        key = requested_key(request.body, device)
-        encoded = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        with self._fleet.admitting():
-            self._fleet.tokens.redeem(token, device, hashlib.sha256(encoded).hexdigest(), now=self._clock())
-            self._check_member(device)
-            certificate = self._authority.device_certificate(request.body, device)
-        logger.info("device enrolled", extra={"device": device})
-        return _Answer(kind="application/x-pem-file", content=certificate + self._authority.pem)
-
-    def _renew(self, request: _Request) -> _Answer:
-        old = self._shown(request)
-        device = common_name(old)
-        certificate = self._authority.device_certificate(request.body, device, renews=serial_of(old))
-        logger.info("certificate renewed", extra={"device": device})
-        return _Answer(kind="application/x-pem-file", content=certificate)
-
-    def _report(self, request: _Request) -> _Answer:
-        device = self._member(request)
-        try:
-            report = msgspec.json.decode(request.body, type=Report)
-        except (msgspec.DecodeError, RecursionError) as error:  # the latter: brackets by the thousand
-            raise _Refusal(400, Exit.MISUSED, f"the report of device {device} cannot be read: {error}") from error
-        reply = Reply(action=self._fleet.take_report(device, report), service=self._fleet.settings.service)
-        return _Answer(kind="application/json", content=msgspec.json.encode(reply))
-
-    def _shown(self, request: _Request) -> x509.Certificate:
-        """The certificate of a device of this fleet, not revoked; TLS has seen that its key is there."""
-        if request.peer is None:
-            raise _Refusal(401, Exit.VERIFICATION, f"{request.path} is for devices; show the device's certificate")
-        certificate = x509.load_der_x509_certificate(request.peer)
-        self._refuse_revoked(certificate)
-        self._check_member(common_name(certificate))
-        return certificate
-
-    def _member(self, request: _Request) -> str:
-        """The device that asks, whose certificate has not expired either."""
-        shown = self._shown(request)
-        device = common_name(shown)
-        if shown.not_valid_after_utc < datetime.fromtimestamp(self._clock(), UTC):
-            raise _Refusal(403, Exit.VERIFICATION, f"the certificate of device {device} has expired; renew it first")
-        return device
-
-    def _freshen(self) -> None:
-        """What boards take as the sign that nothing is kept from them was signed lately."""
-        from fedeq_edge.provision.repository import freshen  # noqa: PLC0415  # tuf takes 0.3 s: only who updates waits
-
-        freshen(self._fleet.folder / "tuf", self._clock)
-
-    def _check_member(self, device: str) -> None:
-        known = self._fleet.devices.get(device)
-        if known is not None and known.revoked:
-            raise _Refusal(403, Exit.VERIFICATION, f"device {device} was revoked; fedeq fleet add lets it in again")
-        if known is None:
-            raise _Refusal(
-                403, Exit.VERIFICATION, f"{device!r} is no device of this fleet; fedeq fleet add makes it one"
-            )
-
-    def _refuse_revoked(self, certificate: x509.Certificate) -> None:
-        if serial_of(certificate) in revoked(self._authority.folder):
-            name = common_name(certificate)
-            raise _Refusal(403, Exit.VERIFICATION, f"the certificate of device {name} was revoked")
-
-    def _tuf_file(self, path: str) -> Path:
-        parts = unquote(path).split("/")  # "", "tuf", "metadata" or "targets", ...
-        inside = parts[1:2] == ["tuf"] and parts[2] in _TUF if len(parts) > 3 else False
-        if not inside or any(not _is_file_name(part) for part in parts[3:]):
-            raise _nothing_here(path)
-        base = (self._fleet.folder / "tuf" / parts[2]).resolve()
-        found = base.joinpath(*parts[3:]).resolve()
-        if not found.is_relative_to(base) or not found.is_file():
-            raise _nothing_here(path)
-        return found
-
-
-def _named(csr_pem: bytes) -> str:
-    """The device that a request names, "" where it is no request; `requested_key` says then what is wrong with it."""
-    with contextlib.suppress(ValueError):
-        return common_name(x509.load_pem_x509_csr(csr_pem))
-    return ""
-
-
-def _is_file_name(part: str) -> bool:
-    """Whether one part of a path may name a file that we give away; 255 bytes is the longest that a disk has."""
-    return bool(part) and not part.startswith(".") and "\0" not in part and len(part.encode(errors="replace")) <= 255
-
-
-def _nothing_here(path: str) -> _Refusal:
-    return _Refusal(404, Exit.FAILED, f"there is no {path[:200]!r} here; is this the service of another version?")
 
 
 class Service(http.server.ThreadingHTTPServer):
@@ -312,7 +144,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except ValueError:
             length = -1
         if not 0 <= length <= _BODY_BYTES:
-            self._refuse(_Refusal(413, Exit.MISUSED, f"a request has 0 to {_BODY_BYTES} bytes, and says how many"))
+            self._refuse(Refusal(413, Exit.MISUSED, f"a request has 0 to {_BODY_BYTES} bytes, and says how many"))
             return
         self._answer(self._service.desk.post, self.rfile.read(length))
 
@@ -321,14 +153,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         assert isinstance(self.server, Service)
         return self.server
 
-    def _answer(self, decide: Callable[[_Request], _Answer], body: bytes) -> None:
+    def _answer(self, decide: Callable[[Request], Answer], body: bytes) -> None:
         link = self.connection
         self._service.has_asked(link)
         assert isinstance(link, ssl.SSLSocket)
         bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
         path = self.path.partition("?")[0]
         try:
-            answer = decide(_Request(path=path, body=body, peer=link.getpeercert(binary_form=True), bearer=bearer))
+            answer = decide(Request(path=path, body=body, peer=link.getpeercert(binary_form=True), bearer=bearer))
         except FedEqError as error:
             self._refuse(error)
         else:
@@ -336,20 +168,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _refuse(self, error: FedEqError) -> None:
         told = {"peer": self.client_address[0], "path": ascii(self.path[:200]), "reason": str(error)}
-        logger.log(logging.DEBUG if self._is_next_root(error) else logging.WARNING, "refused", extra=told)
+        usual = isinstance(error, Refusal) and error.is_next_root(self.path)
+        logger.log(logging.DEBUG if usual else logging.WARNING, "refused", extra=told)
         # what is no refusal of the asker's is trouble of our own: a damaged file, a full disk
         status, code = (403, error.exit) if isinstance(error, ProvisionError) else (500, Exit.FAILED)
-        if isinstance(error, _Refusal):
+        if isinstance(error, Refusal):
             status = error.status
         content = msgspec.json.encode({"exit": int(code), "error": str(error)})
-        self._send(status, _Answer(kind="application/json", content=content))
+        self._send(status, Answer(kind="application/json", content=content))
 
-    def _is_next_root(self, error: FedEqError) -> bool:
-        """Whether a board asked for a root that is not made yet: by that it learns that it has the newest one."""
-        missing = isinstance(error, _Refusal) and error.status == HTTPStatus.NOT_FOUND
-        return missing and _NEXT_ROOT.fullmatch(self.path) is not None
-
-    def _send(self, status: int, answer: _Answer) -> None:
+    def _send(self, status: int, answer: Answer) -> None:
         if isinstance(answer.content, bytes):
             self._begin(status, answer.kind, len(answer.content))
             self.wfile.write(answer.content)

@@ -45,9 +45,11 @@ def install(site: Path, work: Path, platform: Platform, *, torch: bool, wheelhou
     """
     own = own_wheel(work, wheelhouse)
     lock = _locked(own, work, platform, torch, wheelhouse)
-    source = _source(platform, torch, wheelhouse)
+    source = _source(work, platform, torch, wheelhouse)
     locked = ("--no-deps", "--require-hashes", "--requirements", str(lock))
-    _uv("pip", "install", "--target", str(site), *locked, *_target(platform), *source, "--link-mode", "copy")
+    # Out of the user's cache files are copied: a build that wrote into one would spoil all that come after it.
+    linked = ("--link-mode", "copy" if wheelhouse is None else "hardlink")
+    _uv("pip", "install", "--target", str(site), *locked, *_target(platform), *source, *linked)
     with zipfile.ZipFile(own) as wheel:
         wheel.extractall(site)
     prune(site)
@@ -124,7 +126,7 @@ def _locked(own: Path, work: Path, platform: Platform, torch: bool, wheelhouse: 
     wanted.write_text(f"{DISTRIBUTION}[{extras}] @ {own.resolve().as_uri()}\n")
     pins.write_text("".join(f"{name}=={version}\n" for name, version in sorted(platform.pins.items())))
     told = ("--generate-hashes", "--no-header", "--no-annotate", "--no-emit-package", DISTRIBUTION)
-    source = _source(platform, torch, wheelhouse)
+    source = _source(work, platform, torch, wheelhouse)
     _uv("pip", "compile", str(wanted), "-c", str(pins), "-o", str(lock), *told, *_target(platform), *source)
     return lock
 
@@ -133,10 +135,13 @@ def _target(platform: Platform) -> tuple[str, ...]:
     return "--python-platform", platform.uv, "--python-version", platform.python, "--only-binary", ":all:"
 
 
-def _source(platform: Platform, torch: bool, wheelhouse: Path | None) -> tuple[str, ...]:
-    """Where wheels come from; PyPI's torch for x86-64 is a CUDA build of gigabytes, pytorch.org has one without."""
+def _source(work: Path, platform: Platform, torch: bool, wheelhouse: Path | None) -> tuple[str, ...]:
+    """Where wheels come from; PyPI's torch for x86-64 is a CUDA build of gigabytes, pytorch.org has one without.
+
+    Those of a wheelhouse are unpacked in `work`: uv's own cache would keep them for good, once per folder and day.
+    """
     if wheelhouse is not None:
-        return "--no-index", "--find-links", str(wheelhouse.resolve())
+        return "--no-index", "--find-links", str(wheelhouse.resolve()), "--cache-dir", str(work / "unpacked")
     return ("--torch-backend", "cpu") if torch and platform.architecture == "x86_64" else ()
 
 

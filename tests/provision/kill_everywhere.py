@@ -2,18 +2,20 @@
 
     kill_everywhere.py TEMPLATE WORK VERSIONS COMMAND...
 
-Every time a copy of the root TEMPLATE runs `release.py COMMAND`, which ends by os._exit before its k-th step; then
-`release.py boot`, as the unit does, or `release.py sweep`, by turns; then the unit's starts until it is up, and the
-command again. Prints JSON: per k the step and what is wrong, if anything is. One program that forks, because there are
-hundreds of steps.
+Every time a copy of the root TEMPLATE runs `release.py COMMAND` in a process that ends by os._exit before its k-th
+step; then `release.py boot`, as the unit does, or `release.py sweep`, by turns; then the unit's starts until it is up,
+and the command again. Prints JSON: per k the step and what is wrong, if anything is. One program that forks, because
+there are hundreds of steps; and only what is cut needs a process of its own.
 """
 
+import contextlib
 import functools
 import gc
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -22,21 +24,24 @@ from fedeq_edge.provision import release
 KILLED: Final = 77
 
 
-def main(template: Path, root: Path, versions: set[str], command: list[str]) -> None:
+def main(template: Path, work: Path, versions: set[str], command: list[str]) -> None:
     """Until the command gets to its end."""
     make_quick(template, command)
     found: list[tuple[str, list[str]]] = []
     while True:
-        shutil.rmtree(root, ignore_errors=True)
+        root = work / str(len(found)) / "root"
         shutil.copytree(template, root, symlinks=True)
         step = root.parent / "step"
-        if forked(root, command, die_at=len(found), note=step) != KILLED:
+        status = cut(root, command, len(found), step)
+        if status != KILLED:
             break
         swept = len(found) % 2 == 1
-        forked(root, ["sweep" if swept else "boot"])
+        called(root, ["sweep" if swept else "boot"])
         found.append((step.read_text(), wrong(root, versions, swept=swept) + unit_down(root)))
-        if forked(root, command) not in (0, release.Exit.ROLLED_BACK):
+        if called(root, command) not in (0, release.Exit.ROLLED_BACK):
             found[-1][1].append("and the command does not end well when it is run again")
+    if status not in (0, release.Exit.ROLLED_BACK):
+        found.append(("end", [f"the command that nobody cuts ends with {status}"]))
     print(json.dumps(found))
 
 
@@ -55,27 +60,33 @@ def make_quick(template: Path, command: list[str]) -> None:
     gc.freeze()  # else each child's collector copies every page
 
 
-def forked(root: Path, command: list[str], die_at: int = -1, note: Path | None = None) -> int:
-    """The exit status of release.py in a child."""
+def cut(root: Path, command: list[str], die_at: int, note: Path) -> int:
+    """The exit status of release.py, in a process that is over at its step of this number, counted from 0.
+
+    It is KILLED then, and `note` names the step.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seen = 0
+    seen, status = 0, 1
 
     def told(name: str) -> None:
         nonlocal seen
-        if seen == die_at and note is not None:
+        if seen == die_at:
             note.write_text(name)
             os._exit(KILLED)
         seen += 1
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    status = 1
     try:
-        status = release.main(["--root", str(root), *command], told)
+        status = called(root, command, told)
     finally:
         os._exit(status)
+
+
+def called(root: Path, command: list[str], told: Callable[[str], None] = lambda _: None) -> int:
+    """The exit status of release.py, of which nothing is printed."""
+    with Path(os.devnull).open("w") as nobody, contextlib.redirect_stdout(nobody), contextlib.redirect_stderr(nobody):
+        return release.main(["--root", str(root), *command], told)
 
 
 def unit_down(root: Path) -> list[str]:
@@ -83,12 +94,12 @@ def unit_down(root: Path) -> list[str]:
     board = release.Board(root)
     version = board.current()
     for _ in range(3):
-        forked(root, ["boot"])
+        called(root, ["boot"])
         version = board.current()
         if version is None:
             return []
         if (board.releases / version / "config/health").read_text() == "ok":
-            forked(root, ["ready"])
+            called(root, ["ready"])
             return [] if board.state().trial is None else [f"{version} runs and is not confirmed"]
     return [f"{version} is tried again and again"]
 

@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -53,6 +54,19 @@ _JOURNALCTL = """#!/bin/sh
 [ -e "${0%/*}/log" ] && exec cat "${0%/*}/log"
 exit 0
 """
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """Of what is synced it is only looked whether it is open, as fsync does.
+
+    A process that is killed loses no page, so that waiting for the disk, half of the time of these tests, would prove
+    nothing; processes of their own do wait.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        patch.setattr(os, "sync", lambda: None)
+        yield
 
 
 def hasty(installer: bytes) -> bytes:

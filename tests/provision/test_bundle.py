@@ -96,6 +96,26 @@ def plain(tmp_path_factory: pytest.TempPathFactory, house: Path, keys: tuple[Pat
     return build(spec_of(tmp_path_factory.mktemp("plain"), house, keys[0]))
 
 
+CONFIG = b"device = 'a'\n"
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory, house: Path, keys: tuple[Path, Path]) -> Path:
+    """The same with settings."""
+    spec = spec_of(tmp_path_factory.mktemp("configured"), house, keys[0])
+    return build(msgspec.structs.replace(spec, config=CONFIG))
+
+
+@pytest.fixture(scope="module")
+def laden(tmp_path_factory: pytest.TempPathFactory, house: Path, keys: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The same with all that a bundle may bring, torch, a model and settings; and that model."""
+    folder = tmp_path_factory.mktemp("laden")
+    model = personal(folder / "personal.fedeq")
+    spec = spec_of(folder / "out", house, keys[0])
+    changed = msgspec.structs.replace(spec, torch=True, models=(model,), config=b"device = 'pi-01'\n")
+    return build(changed), model
+
+
 Build = Callable[..., Path]
 
 
@@ -116,25 +136,28 @@ def test_markers_and_wheels_are_those_of_the_board_and_pins_hold(plain: Path) ->
     assert (manifest.profile, manifest.cpu.part, manifest.cpu.qemu) == ("raspberry-pi-4", "0xd08", "cortex-a72")
 
 
-def test_torch_comes_when_it_is_asked_for_in_the_version_of_the_board(pi4: Build) -> None:
-    assert read_manifest(pi4(torch=True)).packages["torch"] == "2.9.1"  # 2.10.0 lies beside it
+def test_torch_comes_when_it_is_asked_for_in_the_version_of_the_board(laden: tuple[Path, Path], plain: Path) -> None:
+    assert read_manifest(laden[0]).packages["torch"] == "2.9.1"  # 2.10.0 lies beside it
+    assert "torch" not in read_manifest(plain).packages
 
 
-def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, pi4: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = pi4(config=b"device = 'a'\n")
+def test_the_same_inputs_give_the_same_bytes(
+    tmp_path: Path, configured: Path, pi4: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = os.umask(0o077)  # neither this, nor where, nor the order of the day matter
     monkeypatch.setenv("TZ", "Pacific/Apia")
     try:
-        second = pi4(config=b"device = 'a'\n", out=tmp_path / "elsewhere")
+        again = pi4(config=CONFIG, out=tmp_path / "elsewhere")
     finally:
         os.umask(before)
 
-    assert first.name == second.name
-    assert first.read_bytes() == second.read_bytes()
+    assert configured.name == again.name
+    assert configured.read_bytes() == again.read_bytes()
 
 
-def test_the_version_changes_with_any_byte(pi4: Build) -> None:
-    first, second = (read_manifest(pi4(config=text)).version for text in (b"a = 1\n", b"a = 2\n"))
+def test_the_version_changes_with_any_byte(configured: Path, pi4: Build) -> None:
+    other = pi4(config=CONFIG.replace(b"'a'", b"'b'"))
+    first, second = (read_manifest(bundle).version for bundle in (configured, other))
 
     assert first != second
     assert first.startswith(f"{__version__}+")
@@ -166,10 +189,9 @@ def unpack_here(bundle: Path, folder: Path) -> list[str]:
 
 
 def test_installer_units_launcher_models_and_settings_are_in_their_places(
-    tmp_path: Path, pi4: Build, keys: tuple[Path, Path]
+    tmp_path: Path, laden: tuple[Path, Path], keys: tuple[Path, Path]
 ) -> None:
-    model = personal(tmp_path / "personal.fedeq")
-    bundle = pi4(models=(model,), config=b"device = 'pi-01'\n")
+    bundle, model = laden
 
     manifest = unpack(bundle, keys[1], tmp_path / "tree")
 

@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import subprocess
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,13 +49,12 @@ def packed_again(name: str, house: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release(memory: Path) -> Path:
     """An unpacked bundle, from wheels made of what is installed here, as a board has it."""
     if not BOARD or not SYSTEM.exists():
         pytest.skip(f"no {SYSTEM} beside this python: a bundle for this machine would not start")
-    folder = tmp_path_factory.mktemp("release")
-    house = folder / "wheelhouse"
-    house.mkdir()
+    folder, house = memory / "release", memory / "release/wheelhouse"
+    house.mkdir(parents=True)
     try:
         # what is installed as editable may have been so before an extra was added
         own = next(iter(importlib.metadata.distributions(path=[str(wheels.own_wheel(folder))])))
@@ -67,6 +67,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     board = msgspec.structs.replace(platform_of(load_profile(BOARD), HERE), **here)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archive, "COMPRESSION", 0)  # that of 150 MB takes as long as half of the rest
+        patch.setattr(tempfile, "tempdir", str(folder))
         bundle = build(BundleSpec(platform=board, out=folder, key=None, name="here", wheelhouse=house))
     tree = folder / "opt" / "release"
     tree.mkdir(parents=True)

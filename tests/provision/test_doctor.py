@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -191,6 +193,44 @@ def test_a_file_that_the_fleet_misses_is_named_with_what_brings_it_back(folder: 
     (folder / name).unlink()
     (check,) = [check for check in look(Here(fleet=folder), clock) if check.saw == f"{folder / name} is missing"]
     assert (check.verdict, check.remedy) == ("fail", remedy)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_a_fleet_without_its_public_key_gets_it_back_by_the_command_that_is_named(folder: Path) -> None:
+    public = folder / "keys/bundle.pub"
+    before = public.read_bytes()
+    public.unlink()
+    check = one(look(Here(fleet=folder), clock), "trust")
+    assert (check.verdict, check.saw) == ("fail", f"{public} is missing: no bundle can be flashed or published")
+    subprocess.run(shlex.split(check.remedy), check=True)
+    assert public.read_bytes() == before
+    assert not verdicts(look(Here(fleet=folder), clock), "trust")
+
+
+def test_a_fleet_without_its_signed_metadata_is_told_what_to_take_from_a_backup(folder: Path) -> None:
+    shutil.rmtree(folder / "tuf/metadata")
+    check = one(look(Here(fleet=folder), clock), "trust")
+    assert (check.verdict, check.remedy.partition(",")[0]) == ("fail", f"cp -a BACKUP/tuf/metadata {folder}/tuf/")
+    assert "1.root.json is missing: no board can enrol or update" in check.saw
+
+
+@pytest.mark.parametrize(
+    ("lost", "source"),
+    [
+        ("opt/fedeq-edge/bundle.pub", "keys/bundle.pub"),
+        ("etc/fedeq-edge/root.json", "tuf/metadata/1.root.json"),
+    ],
+)
+def test_a_board_that_has_lost_what_it_trusts_is_told_which_file_of_the_fleet_it_is(
+    board: Path, plant: Plant, lost: str, source: str
+) -> None:
+    assert not verdicts(look(Here(root=board), clock), "trust")
+    before = (board / lost).read_bytes()
+    (board / lost).unlink()
+    check = one(look(Here(root=board), clock), "trust")
+    assert (check.verdict, check.saw) == ("fail", f"{board / lost} is missing: no update is taken")
+    assert check.remedy.endswith(f"scp fleet/{source} root@BOARD:/{lost}")
+    assert (plant.fleet.folder / source).read_bytes() == before
 
 
 @pytest.mark.broker

@@ -23,9 +23,10 @@ from fedeq_edge.provision import enrol as board
 from fedeq_edge.provision import service as service_module
 from fedeq_edge.provision.actions import ActionState, Report
 from fedeq_edge.provision.ca import DEVICE_LIFETIME, Authority, common_name, issued_at
+from fedeq_edge.provision.desk import ENROL, RENEW, REPORT, Desk
 from fedeq_edge.provision.fleet import Fleet, FleetSettings
 from fedeq_edge.provision.founding import new_gateway
-from fedeq_edge.provision.service import ENROL, RENEW, REPORT, Desk, Service
+from fedeq_edge.provision.service import Service
 from fedeq_edge.provision.tokens import Token
 from tests.conftest import until
 

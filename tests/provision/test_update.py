@@ -1,45 +1,23 @@
 """Updates over the air, with real TLS, real TUF, real release.py: what boards take, refuse, and survive."""
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from fedeq_edge.errors import ConfigError, Exit, FedEqError, ProvisionError, StateError
+from fedeq_edge.errors import ConfigError, Exit, ProvisionError, StateError
 from fedeq_edge.provision import link, update
-from fedeq_edge.provision.actions import Action, ActionState
 from fedeq_edge.provision.ca import DEVICE_LIFETIME
 from fedeq_edge.provision.reporting import Board
-from fedeq_edge.provision.repository import Published, Repository, board_files, freshen
-from fedeq_edge.provision.update import Plan, Rollout, chosen, publish, roll_out, waves
+from fedeq_edge.provision.repository import Repository, board_files, freshen
+from fedeq_edge.provision.update import publish
 from fedeq_edge.provision.updater import Updater
 from tests.provision.small_models import personal
-from tests.provision.update_fleet import DAY_S, NOW, Killed, Member, Plant
+from tests.provision.update_fleet import DAY_S, HOUR_S, NOW, Killed, Member, Plant, said, tell
 
 OWN = "pi-01"
-HOUR_S = 3600.0
-
-
-def tell(plant: Plant, device: str, bundle: Path) -> tuple[Action, Published]:
-    """The device is told to update to this bundle."""
-    found = publish(plant.fleet, bundle, clock=plant.clock)
-    action = plant.fleet.give_action(device, "update", found.meant.version, HOUR_S, target=found.path)
-    return action, found
-
-
-def said(plant: Plant, device: str) -> ActionState:
-    """How far the device is with its action, as the host knows it."""
-    given = plant.fleet.given_action(device)
-    assert given is not None
-    assert given.state is not None
-    return given.state
 
 
 def replace_action(plant: Plant, device: str, **changes: object) -> None:
@@ -371,114 +349,20 @@ def test_a_board_that_is_not_enrolled_says_what_to_do(tmp_path: Path) -> None:
         Updater(Board(tmp_path))
 
 
-# Death at every step
-
-
-def finish(member: Member) -> None:
-    """The board comes back and takes turns until it has nothing to do."""
-    for _ in range(3):
-        with contextlib.suppress(ProvisionError):
-            member.turn()
-
-
-@pytest.mark.parametrize("health", ["ok", "broken"])
-def test_an_updater_that_dies_at_any_step_ends_in_the_same(plant: Plant, member: Member, health: str) -> None:
-    deaths = 0
-    while True:
-        version = f"2.{deaths}+{health}"
-        before = member.runs
-        tell(plant, OWN, plant.bundle(version, health))
-        try:
-            member.turn(die_at=deaths)
-        except Killed:
-            deaths += 1
-            finish(member)
-            done = True
-        else:
-            done = False
-        expected = (version, "done") if health == "ok" else (before, "rolled_back")
-        assert (member.runs, said(plant, OWN).state) == expected, f"died at step {deaths - 1}: {member.steps}"
-        if not done:
-            break
-    assert deaths >= 10
-
-
-def test_a_rollback_that_dies_at_any_step_goes_back_once(plant: Plant, member: Member) -> None:
-    deaths = 0
-    while True:
-        with member.environment():
-            for version in (f"3.{deaths}+a", f"3.{deaths}+b"):
-                assert member.fake.install(plant.bundle(version))[0] == 0
-        plant.fleet.give_action(OWN, "rollback", "", HOUR_S)
-        died = False
-        try:
-            member.turn(die_at=deaths)
-        except Killed:
-            died = True
-            deaths += 1
-            finish(member)
-        assert (member.runs, said(plant, OWN).state) == (f"3.{deaths - died}+a", "done")
-        if not died:
-            break
-    assert deaths >= 4
-
-
-def test_a_rollback_whose_installer_was_killed_between_link_and_restart_is_finished(
-    plant: Plant, member: Member
-) -> None:
-    tell(plant, OWN, plant.bundle("1.1+b"))
-    member.turn()
-    plant.fleet.give_action(OWN, "rollback", "", HOUR_S)
-
-    def killed(step: str) -> None:
-        if step == "act":
-            with member.environment():
-                member.fake.call("rollback", "--no-start")
-            raise Killed
-
-    with pytest.raises(Killed):
-        member.turn(meanwhile=killed)
-    member.fake.calls()
-    member.turn()
-    assert (member.runs, said(plant, OWN).detail) == ("1.0+a", "runs 1.0+a")
-    assert "restart fedeq-agent.service" in member.fake.calls()
-
-
-def test_an_installer_that_is_at_work_already_is_waited_for(plant: Plant, member: Member) -> None:
-    tell(plant, OWN, plant.bundle("1.1+b"))
-    with (member.fake.base / "lock").open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        for _ in range(5):
-            with pytest.raises(ProvisionError) as busy:
-                member.turn()
-            assert busy.value.exit is Exit.BUSY
-    member.turn()
-    assert (member.runs, said(plant, OWN).state) == ("1.1+b", "done")
-
-
-def test_an_updater_that_is_killed_for_real_leaves_a_board_that_goes_on(plant: Plant, member: Member) -> None:
-    tell(plant, OWN, plant.bundle("1.1+b"))
-    code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom fedeq_edge.provision.reporting import Board\n"
-        "from fedeq_edge.provision.updater import Updater\n"
-        "def told(step):\n    if step == 'act': os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"Updater(Board(Path(sys.argv[1])), lambda: {NOW}, told).once()\n"
-    )
-    with member.environment():
-        done = subprocess.run([sys.executable, "-c", code, str(member.fake.root)], check=False, timeout=60)
-    assert done.returncode == -signal.SIGKILL
-    member.turn()
-    assert (member.runs, said(plant, OWN).state) == ("1.1+b", "done")
-
-
-def test_an_installer_that_is_killed_again_and_again_is_given_up(plant: Plant, member: Member) -> None:
-    tell(plant, OWN, plant.bundle("1.1+b"))
-    good = (member.fake.base / "release.py").read_text()
-    deadly = "import os, sys\nif 'install' in sys.argv: os.kill(os.getpid(), 9)\n"
-    (member.fake.base / "release.py").write_text(good.replace("import argparse\n", f"{deadly}import argparse\n"))
-    finish(member)
-    assert (member.runs, said(plant, OWN).state) == ("1.0+a", "failed")
-    assert "release.py ended with -9" in said(plant, OWN).detail
+def test_the_keys_that_say_what_is_a_release_have_the_passphrase_of_the_authority(tmp_path: Path) -> None:
+    repository = Repository.create(tmp_path / "tuf", "secret", lambda: NOW)
+    for name in ("root", "targets", "snapshot", "timestamp"):
+        key = tmp_path / "tuf" / "keys" / name
+        assert key.stat().st_mode & 0o777 == 0o600
+        assert (b"ENCRYPTED" in key.read_bytes()) == (name in ("root", "targets"))
+    freshen(tmp_path / "tuf", lambda: NOW + 5 * DAY_S)
+    model = tmp_path / "m.onnx"
+    model.write_bytes(b"graph")
+    with pytest.raises(ProvisionError, match="FEDEQ_CA_PASSPHRASE"):
+        Repository(tmp_path / "tuf", None, lambda: NOW).publish(model, tmp_path)
+    assert repository.publish(model, tmp_path).path == "models/m.onnx"
+    with pytest.raises(StateError, match="nothing makes its keys anew"):
+        Repository.create(tmp_path / "tuf")
 
 
 # Renewal
@@ -508,153 +392,3 @@ def test_a_renewal_that_dies_before_the_restart_is_made_good(plant: Plant, membe
         member.fake.calls()
         assert not Updater(member.board, member.clock).renew()
         assert member.fake.calls() == ["restart fedeq-agent.service"]
-
-
-# Waves
-
-
-def test_waves_begin_with_the_canaries_and_double() -> None:
-    devices = [f"d{number:02}" for number in range(12)]
-    assert [len(wave) for wave in waves(devices, 1)] == [1, 2, 4, 5]
-    assert [len(wave) for wave in waves(devices, 2)] == [2, 4, 6]
-    assert [device for wave in waves(devices, 3) for device in wave] == devices
-
-
-@pytest.fixture
-def five(plant: Plant) -> dict[str, Member]:
-    return {f"pi-{number}": plant.board(f"pi-{number}") for number in range(1, 6)}
-
-
-def rolled_out(
-    plant: Plant, members: dict[str, Member], bundle: Path, plan: Plan, off: tuple[str, ...] = ()
-) -> Rollout:
-    """The update, while all boards take their turns, those apart that are off."""
-    clock = iter(range(1000))
-
-    def wait(_seconds: float) -> None:
-        for device, member in members.items():
-            if device not in off:
-                with contextlib.suppress(FedEqError):
-                    member.turn()
-
-    devices = chosen(plant.fleet, bundle, [])
-    published = publish(plant.fleet, bundle, clock=plant.clock)
-    return roll_out(plant.fleet, published, devices, plan, wait=wait, clock=lambda: float(next(clock)))
-
-
-def test_all_boards_get_an_update_that_is_well(plant: Plant, five: dict[str, Member]) -> None:
-    done = rolled_out(plant, five, plant.bundle("1.1+b"), Plan())
-    assert {device: outcome.wave for device, outcome in done.devices.items()} == {
-        "pi-1": 1,
-        "pi-2": 2,
-        "pi-3": 2,
-        "pi-4": 3,
-        "pi-5": 3,
-    }
-    assert {member.runs for member in five.values()} == {"1.1+b"}
-    assert done.exit is Exit.OK
-
-
-def test_a_broken_release_stops_at_the_canary(plant: Plant, five: dict[str, Member]) -> None:
-    done = rolled_out(plant, five, plant.bundle("1.1+b", "broken"), Plan(canary=1))
-    assert done.devices["pi-1"].state == "rolled_back"
-    assert "Illegal instruction" in done.devices["pi-1"].detail
-    assert [outcome.state for outcome in done.devices.values()].count("untold") == 4
-    assert done.exit is Exit.ROLLED_BACK
-    assert {member.runs for member in five.values()} == {"1.0+a"}
-    for member in five.values():
-        member.turn()
-        assert member.runs == "1.0+a"
-
-
-def test_a_board_that_is_off_counts_as_failed_and_is_told_nothing_later(plant: Plant, five: dict[str, Member]) -> None:
-    plan = Plan(canary=2, max_failures=1, timeout_s=3.0)
-    done = rolled_out(plant, five, plant.bundle("1.1+b"), plan, off=("pi-2",))
-    assert done.devices["pi-2"].state == "silent"
-    assert [outcome.state for outcome in done.devices.values()].count("done") == 4
-    assert done.exit is Exit.ACTION_EXPIRED
-    five["pi-2"].turn()
-    assert five["pi-2"].runs == "1.0+a"
-    done = rolled_out(plant, five, plant.bundle("1.2+c"), Plan(canary=2, timeout_s=3.0), off=("pi-2",))
-    assert [outcome.state for outcome in done.devices.values()].count("untold") == 3
-
-
-def test_ctrl_c_takes_back_what_was_not_begun(plant: Plant, five: dict[str, Member]) -> None:
-    published = publish(plant.fleet, plant.bundle("1.1+b"), clock=plant.clock)
-
-    def wait(_seconds: float) -> None:
-        five["pi-1"].turn()
-        raise KeyboardInterrupt
-
-    done = roll_out(plant.fleet, published, sorted(five), Plan(canary=3), wait=wait)
-    assert done.interrupted
-    assert [outcome.state for outcome in done.devices.values()] == ["done", *["untold"] * 4]
-    assert not [device for device in five if plant.fleet.action_for(device)]
-
-
-def test_a_board_that_has_never_reported_is_nobodys_canary(plant: Plant, five: dict[str, Member]) -> None:
-    for member in five.values():
-        member.turn()
-    plant.fleet.add("a-new", "x86-64")
-    assert chosen(plant.fleet, plant.bundle("1.1+b"), []) == [*sorted(five), "a-new"]
-
-
-def test_it_is_said_at_once_which_boards_of_a_wave_were_never_heard_from(plant: Plant) -> None:
-    plant.fleet.add("a-new", "x86-64")
-    published = publish(plant.fleet, plant.bundle("1.1+b"), clock=plant.clock)
-    said: list[str] = []
-
-    def leave(_seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    roll_out(plant.fleet, published, ["a-new"], Plan(timeout_s=60.0), told=said.append, wait=leave)
-    assert said[0] == "wave 1: a-new"
-    assert "a-new was never heard from: waiting 60 s" in said[1]
-
-
-def test_a_board_that_was_revoked_is_left_out_of_an_update_and_refused_by_name(
-    plant: Plant, five: dict[str, Member]
-) -> None:
-    plant.fleet.revoke("pi-3")
-    assert chosen(plant.fleet, plant.bundle("1.1+b"), []) == ["pi-1", "pi-2", "pi-4", "pi-5"]
-    with pytest.raises(ProvisionError, match=r"pi-3 was revoked on 20.*fedeq fleet add pi-3"):
-        chosen(plant.fleet, plant.bundle("1.1+b"), ["pi-3"])
-
-
-def test_a_device_of_another_board_is_refused_before_anything_is_published(plant: Plant) -> None:
-    plant.fleet.add("nano", "jetson-orin-nano")
-    with pytest.raises(ProvisionError, match="nano is a jetson-orin-nano") as refused:
-        chosen(plant.fleet, plant.bundle("1.1+b"), ["nano"])
-    assert refused.value.exit is Exit.WRONG_PLATFORM
-    with pytest.raises(ConfigError, match="fleet plant has no x86-64; fedeq fleet add ID"):
-        chosen(plant.fleet, plant.bundle("1.1+b"), [])
-
-
-def test_a_bundle_of_another_fleet_is_not_published(plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> None:
-    other = Plant(tmp_path_factory.mktemp("other"))
-    with pytest.raises(ProvisionError) as refused:
-        publish(plant.fleet, other.bundle("1.1+b"), clock=plant.clock)
-    assert refused.value.exit is Exit.VERIFICATION
-    assert not [path for path in (plant.tuf / "targets").rglob("*") if path.is_file()]
-
-
-def test_two_updates_at_a_time_are_refused(plant: Plant) -> None:
-    with update.alone(plant.fleet), pytest.raises(ProvisionError) as refused, update.alone(plant.fleet):
-        pass
-    assert refused.value.exit is Exit.BUSY
-
-
-def test_the_keys_that_say_what_is_a_release_have_the_passphrase_of_the_authority(tmp_path: Path) -> None:
-    repository = Repository.create(tmp_path / "tuf", "secret", lambda: NOW)
-    for name in ("root", "targets", "snapshot", "timestamp"):
-        key = tmp_path / "tuf" / "keys" / name
-        assert key.stat().st_mode & 0o777 == 0o600
-        assert (b"ENCRYPTED" in key.read_bytes()) == (name in ("root", "targets"))
-    freshen(tmp_path / "tuf", lambda: NOW + 5 * DAY_S)
-    model = tmp_path / "m.onnx"
-    model.write_bytes(b"graph")
-    with pytest.raises(ProvisionError, match="FEDEQ_CA_PASSPHRASE"):
-        Repository(tmp_path / "tuf", None, lambda: NOW).publish(model, tmp_path)
-    assert repository.publish(model, tmp_path).path == "models/m.onnx"
-    with pytest.raises(StateError, match="nothing makes its keys anew"):
-        Repository.create(tmp_path / "tuf")

@@ -10,16 +10,20 @@ from pathlib import Path
 import msgspec
 
 from fedeq_edge.provision import archive, enrol
+from fedeq_edge.provision.actions import Action, ActionState
 from fedeq_edge.provision.archive import Cpu, Manifest
 from fedeq_edge.provision.ca import Authority
+from fedeq_edge.provision.desk import Desk
 from fedeq_edge.provision.fleet import Fleet, FleetSettings
 from fedeq_edge.provision.reporting import Board, Task, updater_toml
-from fedeq_edge.provision.service import Desk, Service
+from fedeq_edge.provision.repository import Published
+from fedeq_edge.provision.service import Service
+from fedeq_edge.provision.update import publish
 from fedeq_edge.provision.updater import Updater
 from tests.provision.release_board import INSTALLER, FakeBoard, files_of, hasty
 
 NOW = 1_800_000_000.0
-DAY_S = 86_400.0
+HOUR_S, DAY_S = 3600.0, 86_400.0
 PROFILE = "x86-64"
 STOCK = ("pi-01", *(f"pi-{number}" for number in range(1, 6)))
 HASTY = hasty(INSTALLER.read_bytes())
@@ -116,6 +120,21 @@ class Plant:
         )
         archive.pack(tree, manifest, self.fleet.folder / "keys" / "bundle.key", out)
         return out
+
+
+def tell(plant: Plant, device: str, bundle: Path) -> tuple[Action, Published]:
+    """The device is told to update to this bundle."""
+    found = publish(plant.fleet, bundle, clock=plant.clock)
+    action = plant.fleet.give_action(device, "update", found.meant.version, HOUR_S, target=found.path)
+    return action, found
+
+
+def said(plant: Plant, device: str) -> ActionState:
+    """How far the device is with its action, as the host knows it."""
+    given = plant.fleet.given_action(device)
+    assert given is not None
+    assert given.state is not None
+    return given.state
 
 
 class Member:

@@ -35,6 +35,7 @@ from tests.provision.flash.board import (
     laid,
     prepared,
 )
+from tests.provision.release_board import without_waiting
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ def board(tmp_path: Path) -> Board:
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a fleet whose device was not flashed: what `fleet` is a copy of."""
-    return founded(tmp_path_factory.mktemp("bare") / "fleet").folder.parent
+    with without_waiting():
+        return founded(tmp_path_factory.mktemp("bare") / "fleet").folder.parent
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +56,7 @@ def ready(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ready")
     shutil.copytree(bare, folder, dirs_exist_ok=True)
     fleet, board = Fleet.open(folder / "fleet"), laid(folder / "board")
-    with pytest.MonkeyPatch.context() as patch:
+    with without_waiting(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash_board, "TRIAL_S", 0.0)
         patch.setenv("PATH", board.environment["PATH"])
         target = LocalTarget(root=str(board.root))

@@ -189,7 +189,7 @@ def test_a_board_of_another_device_is_not_made_this_one(running: Path, flash_it:
     settings.write_text(settings.read_text().replace(DEVICE, "box-02"))
     with pytest.raises(ProvisionError, match="device box-02, not box-01") as caught:
         flash_it(running)
-    assert caught.value.exit == Exit.MISUSED
+    assert caught.value.exit == Exit.OTHER_DEVICE
 
 
 def test_a_board_without_data_is_refused_with_the_option(

@@ -14,12 +14,13 @@ from cryptography import x509
 from fedeq_edge.errors import ConfigError, Exit, ProvisionError
 from fedeq_edge.provision.archive import read_manifest
 from fedeq_edge.provision.ca import Authority, common_name
+from fedeq_edge.provision.desk import Desk
 from fedeq_edge.provision.enrol import csr
 from fedeq_edge.provision.flash import flash, prepare
 from fedeq_edge.provision.flash_card import ImageWay
 from fedeq_edge.provision.fleet import Fleet
 from fedeq_edge.provision.plan import Flashed, Plan
-from fedeq_edge.provision.service import Desk, Service
+from fedeq_edge.provision.service import Service
 from fedeq_edge.provision.targets import open_target
 from fedeq_edge.provision.targets.disks import check_disk, check_writable
 from fedeq_edge.provision.targets.image import ImageTarget
@@ -332,7 +333,7 @@ def test_a_mounted_root_of_another_device_is_taken_over_before_its_first_boot_an
     (first / "agent.toml").rename(root / "etc/fedeq-edge/agent.toml")  # as the first boot does
     with pytest.raises(ProvisionError, match=f"the board is device box-02, not {DEVICE}") as refused:
         prepare(target, fleet, DEVICE, bundle)
-    assert refused.value.exit is Exit.MISUSED
+    assert refused.value.exit is Exit.OTHER_DEVICE
 
 
 def test_a_mounted_root_that_is_a_device_already_is_refused_as_a_booted_card_is(
