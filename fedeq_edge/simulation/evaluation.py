@@ -173,7 +173,9 @@ def _curve(
         if at and _alike(train[at], train[at - 1]) and _alike(test[at], test[at - 1]):
             curve.append(msgspec.structs.replace(curve[-1], evaluations=K))
             continue
-        refitted = fit_head(train[at][0], data.y_train, head, steps=plan.refit_steps, rate=plan.refit_rate)
+        refitted = fit_head(
+            train[at][0], data.y_train, head, steps=plan.refit_steps, rate=plan.refit_rate, pull=plan.refit_pull
+        )
         curve.append(_point(K, test[at], data.y_test, head, refitted, locally[at]))
     return curve
 

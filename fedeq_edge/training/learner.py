@@ -113,7 +113,7 @@ class Learner:
         allowance = self._allowance()
         consensus_accuracy = self._test_accuracy(_middle(allowance.menu))
         if self._method.head_step == "refit":
-            self._refit(_middle(allowance.menu))
+            self._refit(_middle(allowance.menu), pull=0.0)
         descent = self._backend.descent(
             rate=learning_rate(self._plan, task.round),
             pull=self._pull(task),
@@ -146,7 +146,7 @@ class Learner:
         if self._method.finetune_epochs:
             self._finetune(allowance)
         else:
-            self._refit(forward)
+            self._refit(forward, pull=self._plan.refit_pull)
         personal_theta, personal_head = self._backend.parameters()
         rate = proven(personal_theta, self._backend.description)
         return Personal(
@@ -286,13 +286,16 @@ class Learner:
     def _local_only(self, allowance: Allowance) -> float:
         self._backend.load(*self._start)
         self._train_alone(allowance, near=None)
-        self._refit(_middle(allowance.menu))
+        self._refit(_middle(allowance.menu), pull=self._plan.refit_pull)
         return self._test_accuracy(_middle(allowance.menu))
 
     # ---- heads and evaluation ------------------------------------------------------------------------------
 
-    def _refit(self, forward: int) -> None:
-        """The model's head is fitted to the training data as K = `forward` evaluations see it, from the head it had."""
+    def _refit(self, forward: int, *, pull: float) -> None:
+        """The model's head is fitted to the training data as K = `forward` evaluations see it, from the head it had.
+
+        pull: as of `fit_head`.
+        """
         theta, head = self._backend.parameters()
         fitted = fit_head(
             self._features(self._data.x_train, forward),
@@ -300,6 +303,7 @@ class Learner:
             head,
             steps=self._plan.refit_steps,
             rate=self._plan.refit_rate,
+            pull=pull,
         )
         self._backend.load(theta, fitted)
 

@@ -40,15 +40,19 @@ def accuracy(features: Matrix, labels: NDArray[np.int64], head: Vector) -> float
     return float((logits(features, head).argmax(axis=1) == labels).mean()) if len(labels) else float("nan")
 
 
-def fit_head(features: Matrix, labels: NDArray[np.int64], head: Vector, *, steps: int, rate: float) -> Vector:
+def fit_head(
+    features: Matrix, labels: NDArray[np.int64], head: Vector, *, steps: int, rate: float, pull: float = 0.0
+) -> Vector:
     """A head fitted to features (n, f) and labels (n,) by `steps` full-batch Adam steps of size `rate` from `head`.
 
+    pull: tau >= 0 of a term tau / (2 n) |fitted - head|^2, that is of a normal prior of variance 1 / tau around `head`:
+    few samples leave it where it was, many have their way.
     Classes that the device never saw lose their bias, which is how its label prior enters. `head` is not changed.
     """
     fitted = head.copy()
     first, second = np.zeros_like(fitted), np.zeros_like(fitted)
     for step in range(1, steps + 1):
-        gradient = _gradient(features, labels, fitted)
+        gradient = _gradient(features, labels, fitted) + np.float32(pull / len(labels)) * (fitted - head)
         first += (1.0 - FIRST_MOMENT) * (gradient - first)
         second += (1.0 - SECOND_MOMENT) * (gradient**2 - second)
         spread = np.sqrt(second / (1.0 - SECOND_MOMENT**step)) + SMALLEST

@@ -59,6 +59,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     accuracy: a device whose theta is certified (deq/wellposed.py) draws no K beyond what |z_K - z*| <= accuracy is
     proven to need, in the unit of its certificate. None: all that it affords.
     refit_steps: Adam steps on cached equilibrium features when a head is fitted (`refit_rate` its step size).
+    refit_pull: tau of a prior of variance 1 / tau around the head that a device got, for the head of its personal
+    model: with few samples it stays there, with many it has no weight (refit.py); 0: none.
     compare_local: at the end, train alone from the same start with the same number of steps, for comparison.
     """
 
@@ -80,6 +82,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     accuracy: float | None = None
     refit_steps: int = 100
     refit_rate: float = 0.01
+    refit_pull: float = 0.1
     compare_local: bool = False
 
     def __post_init__(self) -> None:
@@ -174,7 +177,7 @@ def _check_amounts(plan: Plan) -> None:
         limit = getattr(plan, name)
         if limit is not None and not 0.0 < limit < math.inf:
             raise ConfigError(f"train.{name} is {limit}; give a finite number above 0, or leave it out")
-    for name in ("weight_decay", "jacobian_penalty"):
+    for name in ("weight_decay", "jacobian_penalty", "refit_pull"):
         if not 0.0 <= getattr(plan, name) < math.inf:
             raise ConfigError(f"train.{name} is {getattr(plan, name)}; give a finite number, 0 for none")
     if not (0.0 <= plan.momentum < 1.0 and 0.0 <= plan.adjoint_ratio <= 1.0):

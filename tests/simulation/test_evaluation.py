@@ -66,6 +66,7 @@ def test_the_curve_of_a_client_is_that_of_its_parts() -> None:
             task.head,
             steps=PLAN.refit_steps,
             rate=PLAN.refit_rate,
+            pull=PLAN.refit_pull,
         )
         assert point.consensus == accuracy(features, data.y_test, task.head)
         assert point.loss == pytest.approx(cross_entropy(features, data.y_test, task.head), rel=1e-5)

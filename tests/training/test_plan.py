@@ -25,6 +25,7 @@ from fedeq_edge.training.step import Plan
         ("jacobian_penalty", float("nan")),
         ("jacobian_penalty", float("inf")),
         ("weight_decay", float("nan")),
+        ("refit_pull", -0.1),
         ("energy_j", 0.0),
         ("energy_j", float("inf")),
         ("accuracy", -1e-3),

@@ -55,6 +55,20 @@ def test_a_class_that_the_device_never_saw_loses_its_bias() -> None:
     assert fitted[-1] < min(fitted[-3], fitted[-2])
 
 
+def test_few_samples_are_pulled_to_the_head_that_came_and_many_are_not() -> None:
+    features, labels = clusters()
+    start = np.random.default_rng(3).normal(size=18).astype(np.float32)
+
+    def moved(times: int, pull: float) -> float:
+        many = np.tile(features[:3], (times, 1)), np.tile(labels[:3], times)
+        fitted = refit.fit_head(*many, start, steps=400, rate=0.05, pull=pull)
+        return float(np.linalg.norm(fitted - start))
+
+    assert moved(1, 10.0) < 0.1 * moved(1, 0.0)
+    assert moved(10, 10.0) == pytest.approx(moved(1, 1.0), rel=1e-3)  # tau / n is what counts
+    assert moved(10_000, 10.0) > 0.9 * moved(1, 0.0)
+
+
 def test_scores_far_apart_do_not_overflow() -> None:
     features, labels = clusters()
     assert np.isfinite(refit.cross_entropy(features * 1e4, labels, np.ones(18, dtype=np.float32)))
