@@ -28,14 +28,16 @@ Solved = tuple[Matrix, Vector]
 class AtBudget(msgspec.Struct, frozen=True, kw_only=True):
     """What K = `evaluations` give on the test part.
 
-    consensus: accuracy of z with the head as it came; loss: its cross-entropy in nats. refit: of z with the head fitted
-    to the training part as K evaluations see it. local: of theta_i + w_i, None where nothing was trained.
+    consensus: accuracy of z with the head as it came; loss: its cross-entropy in nats; training_loss: the same on the
+    training part, by which a device could choose its K. refit: of z with the head fitted to the training part as K
+    evaluations see it. local: of theta_i + w_i, None where nothing was trained.
     residual, residual_most: mean and largest relative residual of z over the samples; 0 for explicit networks.
     """
 
     evaluations: int
     consensus: float
     loss: float
+    training_loss: float
     refit: float
     local: float | None
     residual: float
@@ -176,7 +178,8 @@ def _curve(
         refitted = fit_head(
             train[at][0], data.y_train, head, steps=plan.refit_steps, rate=plan.refit_rate, pull=plan.refit_pull
         )
-        curve.append(_point(K, test[at], data.y_test, head, refitted, locally[at]))
+        training_loss = cross_entropy(train[at][0], data.y_train, head)
+        curve.append(_point(K, test[at], data.y_test, head, refitted, training_loss, locally[at]))
     return curve
 
 
@@ -185,12 +188,21 @@ def _alike(found: Solved, before: Solved) -> bool:
     return all(np.array_equal(now, then) for now, then in zip(found, before, strict=True))
 
 
-def _point(K: int, seen: Solved, labels: Labels, head: Vector, refitted: Vector, local: float | None) -> AtBudget:
+def _point(
+    K: int,
+    seen: Solved,
+    labels: Labels,
+    head: Vector,
+    refitted: Vector,
+    training_loss: float,
+    local: float | None,
+) -> AtBudget:
     features, residual = seen
     return AtBudget(
         evaluations=K,
         consensus=accuracy(features, labels, head),
         loss=cross_entropy(features, labels, head),
+        training_loss=training_loss,
         refit=accuracy(features, labels, refitted),
         local=local,
         residual=float(residual.mean(dtype=np.float64)),

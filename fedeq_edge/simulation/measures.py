@@ -23,6 +23,7 @@ def measured(found: Evaluation) -> Line:
         "local": point.local,
         "residual": point.residual,
         "neighbour_share": found.neighbour_share,
+        "trained": msgspec.to_builtins(found.trained),
         "curve": [msgspec.to_builtins(at) for at in found.curve],
     }
 

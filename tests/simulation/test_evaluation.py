@@ -60,8 +60,9 @@ def test_the_curve_of_a_client_is_that_of_its_parts() -> None:
     for point in found.curve:
         backend.load(task.z, task.head)
         features, residual = backend.solve(data.x_test, point.evaluations)
+        trained_on, _ = backend.solve(data.x_train, point.evaluations)
         fitted = fit_head(
-            backend.solve(data.x_train, point.evaluations)[0],
+            trained_on,
             data.y_train,
             task.head,
             steps=PLAN.refit_steps,
@@ -70,6 +71,7 @@ def test_the_curve_of_a_client_is_that_of_its_parts() -> None:
         )
         assert point.consensus == accuracy(features, data.y_test, task.head)
         assert point.loss == pytest.approx(cross_entropy(features, data.y_test, task.head), rel=1e-5)
+        assert point.training_loss == pytest.approx(cross_entropy(trained_on, data.y_train, task.head), rel=1e-5)
         assert point.refit == accuracy(features, data.y_test, fitted)
         assert point.residual_most == pytest.approx(float(residual.max()), rel=1e-5)
         backend.load(task.z + trained.difference, trained.head)

@@ -59,6 +59,7 @@ def test_a_result_tells_what_was_run_and_what_came_of_it(whole: Path) -> None:
     assert [line["round"] for line in result.of_kind("round")] == [1, 2, 3]
     assert [line["round"] for line in result.of_kind("evaluation")] == [2]
     assert (len(result.of_kind("client")), len(result.of_kind("unseen"))) == (3, 1)
+    assert all(0.0 < line["trained"]["backward_residual"] <= 1.0 for line in result.of_kind("client"))
     assert set(end["at"]) == {"1", "3"}
     assert end["personal"] > 0.5
     assert end["unseen"] > 0.3
