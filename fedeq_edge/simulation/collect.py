@@ -51,7 +51,8 @@ def collect(variants: Sequence[Variant], options: Options) -> Collected:
                 found.results.append(result)
             else:
                 found.missing.append(Missing(variant=name, seed=seed, reason=result))
-        tuning = (_found(tuning_path(out, name, number), candidates) for number in range(len(variant.choices)))
+        trials = [variant.trial(experiment) for _, experiment in variant.choices]
+        tuning = (_found(tuning_path(out, name, number), trials) for number in range(len(trials)))
         found.tuning.extend(result for result in tuning if isinstance(result, Result))
     return found
 

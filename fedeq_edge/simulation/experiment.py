@@ -199,6 +199,12 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     tune_seed: int = 0
     tune_rounds: int | None = None
 
+    def trial(self, choice: Experiment) -> Experiment:
+        """The choice as it is run to see how good it is."""
+        if self.tune_rounds is None:
+            return choice
+        return msgspec.structs.replace(choice, train={**choice.train, "rounds": self.tune_rounds})
+
 
 def load(path: Path) -> list[Variant]:
     """The variants of an experiment file, all of them checked as far as that goes without the data.

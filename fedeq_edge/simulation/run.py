@@ -176,9 +176,7 @@ class Runs:
 
 def _choosing(variant: Variant, choice: Experiment) -> Setup:
     """The run that tells how good this choice is."""
-    if variant.tune_rounds is not None:
-        choice = msgspec.structs.replace(choice, train={**choice.train, "rounds": variant.tune_rounds})
-    return Setup(experiment=choice, seed=variant.tune_seed, tuning=True)
+    return Setup(experiment=variant.trial(choice), seed=variant.tune_seed, tuning=True)
 
 
 def play(

@@ -11,6 +11,7 @@ from fedeq_edge.data.options import Options
 from fedeq_edge.data.prepare import prepare as prepare_file
 from fedeq_edge.errors import FedEqError
 from fedeq_edge.simulation import experiment, run
+from fedeq_edge.simulation.collect import collect
 from fedeq_edge.simulation.results import read
 from fedeq_edge.simulation.scenario import Scenario, Setup, prepare
 from tests.data.archives import digit_files, har_files, laid_out, writer_files, zipped
@@ -107,10 +108,13 @@ def test_a_shortened_choice_of_settings_leaves_the_run_its_length(writers: Path,
         "evaluation": {"every": 0, "local": False},
         "tune": {"seed": 5, "rounds": 1, "train.learning_rate": [0.01, 0.1]},
     }
-    (result,) = run.run(experiment.parse(tables, "t"), run.Options(workers=1, out=tmp_path), Nobody())
+    variants, options = experiment.parse(tables, "t"), run.Options(workers=1, out=tmp_path)
+    (result,) = run.run(variants, options, Nobody())
     assert result.end["rounds"] == 2
     assert len(result.of_kind("unseen")) == 2
     assert [read(path).end["rounds"] for path in sorted((tmp_path / "tune").glob("*.jsonl"))] == [1, 1]
+    found = collect(variants, options)
+    assert (len(found.results), len(found.tuning), found.missing) == (1, 2, [])
 
 
 @pytest.mark.parametrize("rounds", [0, "ten", 1.5])
