@@ -235,6 +235,9 @@ def _recorded(fz: Tensor, z: Tensor) -> Linearise:
     """Products with J^T on the graph that f left between z and fz."""
 
     def step(v: Tensor, u: Tensor) -> Tensor:
+        if torch._C._are_functorch_transforms_active():  # `Guaranteed` stacks two u, and a scalar would hold neither
+            stacked: Tensor = torch.autograd.grad(fz, z, u, retain_graph=True)[0]
+            return v + stacked
         with torch.enable_grad():
             weighed: Tensor = _Weighed.apply(fz, u)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         return v + torch.autograd.grad(weighed, z, retain_graph=True)[0]
