@@ -26,38 +26,18 @@ from fedeq_edge.data.npz import ClientData
 from fedeq_edge.hardware.memory import peak_rss_bytes
 from fedeq_edge.protocol.state import NOTHING
 from fedeq_edge.simulation.engine import Simulation
-from fedeq_edge.simulation.evaluation import AtBudget, Evaluation
 from fedeq_edge.simulation.experiment import parse
 from fedeq_edge.simulation.jobs import Job, Outcome
 from fedeq_edge.simulation.journal import Journal
 from fedeq_edge.simulation.scenario import Setup, prepare
 from fedeq_edge.training.step import Budget, LocalResult, Personal, Vector
 from fedeq_edge.wire import coding
+from tests.simulation.reached import EVALUATION
 
 ROUNDS: Final = 4
 SIZES: Final = (100, 1000, 5000)
 REPEATS: Final = 50
 MODEL: Final = {"preset": "plain", "cell": "residual", "channels": 120, "stem_kernel": 12, "stem_stride": 4}
-EVALUATION = Evaluation(
-    training=1,
-    test=1,
-    own=4,
-    curve=(
-        AtBudget(
-            evaluations=4,
-            consensus=0.5,
-            loss=1.0,
-            training_loss=1.0,
-            refit=0.5,
-            local=None,
-            residual=1e-3,
-            residual_most=1e-2,
-        ),
-    ),
-    delivered=0.75,
-    neighbour_share=None,
-    trained=None,
-)
 
 
 class Trivial:

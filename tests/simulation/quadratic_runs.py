@@ -11,13 +11,13 @@ import numpy as np
 from fedeq_edge.data.npz import ClientData
 from fedeq_edge.protocol.federation import Federation
 from fedeq_edge.simulation.engine import Simulation
-from fedeq_edge.simulation.evaluation import AtBudget, Evaluation
 from fedeq_edge.simulation.experiment import Experiment, parse
 from fedeq_edge.simulation.jobs import Job, Outcome
 from fedeq_edge.simulation.journal import Journal
 from fedeq_edge.simulation.scenario import Scenario, Setup, prepare
 from fedeq_edge.training.step import LocalTask, Vector
 from tests.protocol.fleet import ADMM, SIZE, Fleet, Quadratics, result_of
+from tests.simulation.reached import EVALUATION
 
 Line = dict[str, Any]
 TABLES = {
@@ -29,26 +29,6 @@ TABLES = {
     "schedule": {"deadline_s": 40.0, "final_s": 60.0},
     "evaluation": {"every": 3},
 }
-EVALUATION = Evaluation(
-    training=1,
-    test=1,
-    own=4,
-    curve=(
-        AtBudget(
-            evaluations=4,
-            consensus=0.5,
-            loss=1.0,
-            training_loss=1.0,
-            refit=0.5,
-            local=None,
-            residual=1e-3,
-            residual_most=1e-2,
-        ),
-    ),
-    delivered=0.75,
-    neighbour_share=None,
-    trained=None,
-)
 
 
 def experiment(**changes: Any) -> Experiment:
