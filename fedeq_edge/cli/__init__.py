@@ -4,29 +4,14 @@ People read tables and one-line errors on stderr; programs read `--json` on stdo
 Exit 0 done, 1 failed, 2 misused, 130 interrupted.
 """
 
+import importlib
 import sys
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Final
 
 import typer
 
 from fedeq_edge import __version__, logs
-from fedeq_edge.cli import (
-    agent,
-    aggregator,
-    broker,
-    bundle,
-    chaos,
-    data,
-    demo,
-    device,
-    doctor,
-    enrol,
-    flash,
-    fleet,
-    model,
-    simulate,
-    update,
-)
 from fedeq_edge.errors import ConfigError, FedEqError, ProvisionError
 
 # Optional packages by the extra that brings them.
@@ -42,37 +27,19 @@ _EXTRAS = {
     "tuf": "fleet",
     "ray": "ray",
 }
-
-app = typer.Typer(
-    name="fedeq",
-    help="Federated deep equilibrium learning on heterogeneous edge devices.",
-    epilog="Example: fedeq demo --devices 6 --rounds 15",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-for noun, group in (
-    ("agent", agent.app),
-    ("aggregator", aggregator.app),
-    ("broker", broker.app),
-    ("bundle", bundle.app),
-    ("data", data.app),
-    ("device", device.app),
-    ("fleet", fleet.app),
-    ("model", model.app),
-):
-    app.add_typer(group, name=noun)
-device.app.command(name="enrol", epilog=enrol.ENROL_EXAMPLE)(enrol.enrol)
-device.app.command(name="csr", epilog=enrol.CSR_EXAMPLE)(enrol.csr)
-device.app.command(name="update-loop", epilog=update.LOOP_EXAMPLE)(update.update_loop)
-app.command(name="demo", epilog=demo.EXAMPLE)(demo.demo)
-app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
-app.command(name="chaos", epilog=chaos.EXAMPLE)(chaos.chaos)
-app.command(name="flash", epilog=flash.FLASH_EXAMPLE)(flash.flash)
-app.command(name="logs", epilog=flash.LOGS_EXAMPLE)(flash.logs)
-app.command(name="rollback", epilog=flash.ROLLBACK_EXAMPLE)(flash.rollback)
-app.command(name="update", epilog=update.UPDATE_EXAMPLE)(update.update)
-app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
+# The module here whose `app` a command is of, or is itself: an agent need not import what a gateway, a host and a
+# simulation need, which takes seconds on a small board, and memory for as long as it runs.
+_NOUNS: Final = ("agent", "aggregator", "broker", "bundle", "data", "device", "fleet", "model")
+_VERBS: Final = {
+    "demo": "demo",
+    "simulate": "simulate",
+    "chaos": "chaos",
+    "flash": "flash",
+    "logs": "flash",
+    "rollback": "flash",
+    "update": "update",
+    "doctor": "doctor",
+}
 
 
 def _version(wanted: bool) -> None:
@@ -81,7 +48,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _common(
     _wanted: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
@@ -90,10 +56,38 @@ def _common(
     logs.configure()
 
 
+def command_line(wanted: Iterable[str] = (*_NOUNS, *_VERBS)) -> typer.Typer:
+    """`fedeq` with these of its commands."""
+    app = typer.Typer(
+        name="fedeq",
+        help="Federated deep equilibrium learning on heterogeneous edge devices.",
+        epilog="Example: fedeq demo --devices 6 --rounds 15",
+        callback=_common,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for name in wanted:
+        own: typer.Typer = importlib.import_module(f"{__name__}.{_VERBS.get(name, name)}").app
+        if name in _NOUNS:
+            app.add_typer(own, name=name)
+        else:
+            app.registered_commands += [command for command in own.registered_commands if command.name == name]
+    return app
+
+
+def _meant(words: list[str]) -> Iterable[str]:
+    """The commands that are needed to answer a command line of these words."""
+    if words == ["--version"]:
+        return ()
+    everything = (*_NOUNS, *_VERBS)
+    return words[:1] if words and words[0] in everything else everything
+
+
 def main() -> None:
     """Run the command line; errors raised on purpose become one line on stderr."""
     try:
-        app()
+        command_line(_meant(sys.argv[1:]))()
     except ProvisionError as error:
         typer.echo(f"fedeq: {error}", err=True)
         sys.exit(error.exit)

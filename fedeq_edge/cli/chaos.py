@@ -13,8 +13,10 @@ from fedeq_edge import chaos as storm
 from fedeq_edge.storage import finite
 
 EXAMPLE = "Example: fedeq chaos --minutes 10 --seed 1"
+app = typer.Typer()
 
 
+@app.command(name="chaos", epilog=EXAMPLE)
 def chaos(
     minutes: Annotated[float | None, typer.Option(min=0.0, help="How long the storm lasts; 5 if not given.")] = None,
     kills: Annotated[int | None, typer.Option(min=1, help="End the storm after so many kill -9 instead.")] = None,

@@ -19,8 +19,10 @@ from fedeq_edge.storage import finite
 
 _MANY = 10  # devices beyond which a mean hides the worst
 EXAMPLE = "Example: fedeq demo --data har.npz --x X --client subject --test local_test --classes 0-5"
+app = typer.Typer()
 
 
+@app.command(name="demo", epilog=EXAMPLE)
 def demo(  # noqa: PLR0917  # typer calls it by name
     devices: Annotated[int, typer.Option(min=2, max=28, help="Devices of the digits fleet.")] = 6,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; what suits the data if not given.")] = None,

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from fedeq_edge import modelfile
 from fedeq_edge.backends import open_backend
+from fedeq_edge.cli import enrol
 from fedeq_edge.deq.wellposed import certificate
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.hardware.budget import budget_of, choose, for_certificate, seconds_of, step_seconds
@@ -22,6 +23,8 @@ from fedeq_edge.training.cost import calibrate_model
 from fedeq_edge.training.step import BackendName, Calibration, Plan
 
 app = typer.Typer(help="This machine, and the boards that are known.", no_args_is_help=True, rich_markup_mode=None)
+app.command(name="enrol", epilog=enrol.ENROL_EXAMPLE)(enrol.enrol)
+app.command(name="csr", epilog=enrol.CSR_EXAMPLE)(enrol.csr)
 
 
 @app.command(epilog="Example: fedeq device probe --model personal.fedeq --compute-s 2 --accuracy 0.01 --json")
@@ -58,6 +61,22 @@ def probe(
     for key, value in found.items():
         table.add_row(key, json.dumps(finite(value)))
     Console(stderr=True).print(table)
+
+
+@app.command(name="update-loop", epilog="Example: fedeq device update-loop --every 60")
+def update_loop(
+    every: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds between two reports.")] = 60.0,
+    once: Annotated[bool, typer.Option("--once", help="Report once, do what is asked, and leave.")] = False,
+    root: Annotated[Path, typer.Option(help="Of the system.")] = Path("/"),
+) -> None:
+    """Report to the fleet and do what it says: install, go back, send logs. Runs as root, by fedeq-updater.service."""
+    from fedeq_edge import updater  # noqa: PLC0415  # tuf, only for this command
+    from fedeq_edge.provision.reporting import Board  # noqa: PLC0415  # as above
+
+    if once:
+        updater.once(Board(root))
+    else:
+        updater.run(Board(root), every)
 
 
 def _measure(path: Path, compute_s: float, steps: int, accuracy: float | None, backend: BackendName) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from fedeq_edge.provision.fleet import Fleet
 from fedeq_edge.provision.support import pack
 
 EXAMPLE = "Example: fedeq doctor pi-01 --bundle support.zip"
+app = typer.Typer()
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
+@app.command(name="doctor", epilog=EXAMPLE)
 def doctor(
     device: Annotated[str, typer.Argument(metavar="[ID]", help="A device of the fleet; else this machine.")] = "",
     fleet: Annotated[Path | None, typer.Option("--fleet", help="Folder of the fleet [default: fleet].")] = None,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FLASH_EXAMPLE = "Example: fedeq flash ssh://pi@10.0.0.5 --device pi-01 --check"
 LOGS_EXAMPLE = "Example: fedeq logs pi-01 -n 50 -f"
 ROLLBACK_EXAMPLE = "Example: fedeq rollback pi-01"
+app = typer.Typer()
 Folder = Annotated[Path, typer.Option("--fleet", help="Folder of the fleet.")]
 DeviceId = Annotated[str, typer.Argument(metavar="ID", help="Id of the device.")]
 Accept = Annotated[
@@ -38,6 +39,7 @@ _HERE = Path("fleet")
 _REPORT_S = 180.0  # a device that is on reports three times in it, and starts again within it
 
 
+@app.command(name="flash", epilog=FLASH_EXAMPLE)
 def flash(
     target: Annotated[str, typer.Argument(help="ssh://user@host[:port], local:, /mnt/rootfs, card.img or /dev/sdX.")],
     device: Annotated[str, typer.Option(help="Id of the device, as fleet.toml has it.")],
@@ -76,6 +78,7 @@ def flash(
     _print(msgspec.to_builtins(done), as_json)
 
 
+@app.command(name="logs", epilog=LOGS_EXAMPLE)
 def logs(
     device: DeviceId,
     lines: Annotated[int, typer.Option("-n", min=1, help="How many lines.")] = 20,
@@ -95,6 +98,7 @@ def logs(
             typer.echo(_printable(line))
 
 
+@app.command(name="rollback", epilog=ROLLBACK_EXAMPLE)
 def rollback(device: DeviceId, fleet: Folder = _HERE, accept_host_key: Accept = "", as_json: AsJson = False) -> None:
     """Let a device run the release before the one it runs, and see it connected to its broker."""
     from fedeq_edge.provision.flash_board import check_heartbeat, roll_back  # noqa: PLC0415  # as above

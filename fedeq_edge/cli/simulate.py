@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     Draw = Callable[[Collected], None]
 
 EXAMPLE = "Example: fedeq simulate --study digits --workers 2 --report digits.html"
+app = typer.Typer()
 
 
+@app.command(name="simulate", epilog=EXAMPLE)
 def simulate(
     experiment: Annotated[Path | None, typer.Argument(help="TOML file of the experiment.")] = None,
     study: Annotated[

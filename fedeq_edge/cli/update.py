@@ -11,17 +11,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from fedeq_edge import updater
 from fedeq_edge.cli.fleet import passphrase_of
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.provision.fleet import Fleet
-from fedeq_edge.provision.reporting import Board
 
-UPDATE_EXAMPLE = "Example: fedeq update --all --bundle fleet/bundles/pi.tar.gz --canary 2 --max-failures 1"
-LOOP_EXAMPLE = "Example: fedeq device update-loop --every 60"
+EXAMPLE = "Example: fedeq update --all --bundle fleet/bundles/pi.tar.gz --canary 2 --max-failures 1"
+app = typer.Typer()
 INTERRUPTED = 130
 
 
+@app.command(name="update", epilog=EXAMPLE)
 def update(
     bundle: Annotated[Path, typer.Option(help="What `fedeq bundle build` wrote, or a model (.fedeq, .onnx).")],
     everyone: Annotated[bool, typer.Option("--all", help="Every device of the bundle's board.")] = False,
@@ -57,15 +56,3 @@ def update(
         table.add_row(name, str(outcome.wave or "-"), outcome.state, escape(shown))
     Console(stderr=True).print(table)
     sys.exit(INTERRUPTED if done.interrupted else done.exit)
-
-
-def update_loop(
-    every: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds between two reports.")] = 60.0,
-    once: Annotated[bool, typer.Option("--once", help="Report once, do what is asked, and leave.")] = False,
-    root: Annotated[Path, typer.Option(help="Of the system.")] = Path("/"),
-) -> None:
-    """Report to the fleet and do what it says: install, go back, send logs. Runs as root, by fedeq-updater.service."""
-    if once:
-        updater.once(Board(root))
-    else:
-        updater.run(Board(root), every)

@@ -1,13 +1,15 @@
 """Every command explains itself."""
 
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 import typer
 
 from fedeq_edge import __version__
-from fedeq_edge.cli import app
+from fedeq_edge.cli import command_line
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Fedeq
@@ -26,7 +28,7 @@ def _commands(group: typer.Typer, path: tuple[str, ...] = ()) -> list[tuple[str,
     return found
 
 
-COMMANDS = _commands(app)
+COMMANDS = _commands(command_line())
 
 
 def test_the_commands_of_the_design_are_there() -> None:
@@ -68,3 +70,13 @@ def test_the_example_of_a_command_uses_options_that_it_has(fedeq: "Fedeq", comma
 def test_the_version_is_one_line(fedeq: "Fedeq") -> None:
     told = fedeq("--version")
     assert (told.status, told.out, told.err) == (0, f"fedeq-edge {__version__}\n", "")
+
+
+def test_the_agent_is_started_without_what_gateways_hosts_and_simulations_need() -> None:
+    code = "import sys; from fedeq_edge.cli import main; sys.argv[1:] = ['agent', '--help']; main()"
+    started = subprocess.run([sys.executable, "-v", "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(re.findall(r"^import '(fedeq_edge[.\w]*)'", started.stderr, re.MULTILINE))
+    assert "fedeq_edge.cli.agent" in loaded
+    others = {"aggregator", "chaos", "demo", "fleet", "model", "simulate"}
+    assert not loaded & {f"fedeq_edge.cli.{name}" for name in others}
+    assert not [name for name in loaded if name.startswith(("fedeq_edge.provision", "fedeq_edge.simulation"))]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from fedeq_edge.cli import app
+from fedeq_edge.cli import command_line
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,7 +24,7 @@ def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]
             yield " ".join((*path, name)), command
 
 
-COMMANDS = dict(commands(typer.main.get_command(app)))
+COMMANDS = dict(commands(typer.main.get_command(command_line())))
 
 
 def shown_lines() -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedeq_edge import updater
-from fedeq_edge.cli import app
+from fedeq_edge.cli import command_line
 from fedeq_edge.kit import folder
 from fedeq_edge.provision import release
 from fedeq_edge.provision.brokerlist import MARK
@@ -82,7 +82,7 @@ def test_a_unit_starts_what_the_command_line_or_a_release_has(unit: Path, capsys
     assert started is not None
     assert started[2] in ("fedeq", "fedeq-updater")
     words = [word for word in started[3].split(" --")[0].split() if word]
-    main = updater.main if started[2] == "fedeq-updater" else app
+    main = updater.main if started[2] == "fedeq-updater" else command_line()
     with pytest.raises(SystemExit) as ended:
         main([*words, "--help"])
     assert not ended.value.code

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedeq_edge.cli import app
+from fedeq_edge.cli import command_line
 from fedeq_edge.errors import ConfigError, StateError
 from fedeq_edge.report.simulation import Source, page
 from fedeq_edge.simulation import run
@@ -222,7 +222,7 @@ def test_what_has_finished_is_told_without_running_anything_and_what_has_not_as_
     gone = folder / "out" / "alone-seed1.jsonl"
     gone.write_bytes(gone.read_bytes().rsplit(b"\n", 2)[0] + b"\n")
     monkeypatch.chdir(folder)
-    done = CliRunner().invoke(app, [*COMMAND, "--no-run", "--json", "--report", "page.html"])
+    done = CliRunner().invoke(command_line(), [*COMMAND, "--no-run", "--json", "--report", "page.html"])
     assert done.exit_code == 0, done.stderr
     missing = [{"variant": "alone", "seed": 1, "reason": "not finished"}]
     assert json.loads(done.stdout)["missing"] == missing
@@ -371,7 +371,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_runs(
     (tmp_path / "pages.toml").write_text(EXPERIMENT)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=said):
-        CliRunner().invoke(app, [*COMMAND, "--report", name], catch_exceptions=False)
+        CliRunner().invoke(command_line(), [*COMMAND, "--report", name], catch_exceptions=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -379,4 +379,4 @@ def test_nothing_to_tell_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "pages.toml").write_text(EXPERIMENT)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StateError, match="no run of this experiment has finished in out"):
-        CliRunner().invoke(app, [*COMMAND, "--no-run"], catch_exceptions=False)
+        CliRunner().invoke(command_line(), [*COMMAND, "--no-run"], catch_exceptions=False)
