@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import os
 import shutil
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -65,7 +66,7 @@ class Downloads:
             client = TufClient(
                 metadata_dir=str(cache),
                 metadata_base_url="/tuf/metadata",
-                fetcher=_Fetcher(self._service, self._board.identity),
+                fetcher=_Fetcher(self._service, link.identified(self._board.identity)),
                 bootstrap=_read(self._board.identity / "root.json"),
             )
             client.refresh()
@@ -143,13 +144,13 @@ class Downloads:
 class _Fetcher(FetcherInterface):
     """Fetches for TUF, as this board."""
 
-    def __init__(self, service: str, identity: Path) -> None:
+    def __init__(self, service: str, context: ssl.SSLContext) -> None:
         self._service = service
-        self._identity = identity
+        self._context = context
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         try:
-            yield from link.stream(self._service, link.identified(self._identity), url)
+            yield from link.stream(self._service, self._context, url)
         except link.RefusedError as error:
             raise exceptions.DownloadHTTPError(str(error), error.status) from error
 

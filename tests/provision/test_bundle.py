@@ -4,11 +4,12 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -73,6 +74,17 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add_wheel(folder, name, version, tag=tag.format("aarch64"))
     add_wheel(folder, "onnxruntime", "1.31.2", tag=tag.format("x86_64"))
     return folder
+
+
+BUILD_OWN_WHEEL = wheels.own_wheel
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_wheel_built_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    built = BUILD_OWN_WHEEL(tmp_path_factory.mktemp("own"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wheels, "own_wheel", lambda work, _wheelhouse=None: Path(shutil.copy(built, work)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +156,7 @@ def test_torch_comes_when_it_is_asked_for_in_the_version_of_the_board(laden: tup
 def test_the_same_inputs_give_the_same_bytes(
     tmp_path: Path, configured: Path, pi4: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(wheels, "own_wheel", BUILD_OWN_WHEEL)
     before = os.umask(0o077)  # neither this, nor where, nor the order of the day matter
     monkeypatch.setenv("TZ", "Pacific/Apia")
     try:

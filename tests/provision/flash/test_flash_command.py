@@ -206,7 +206,8 @@ def test_a_device_that_is_not_reached_from_here_cannot_be_followed(run: Run, fle
 def test_a_device_that_is_not_reached_from_here_is_asked_by_its_updater(
     command: str, run: Run, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedeq_edge.cli.flash._REPORT_S", 0.5)
+    monkeypatch.setattr("fedeq_edge.cli.flash._REPORT_S", 0.01)
+    monkeypatch.setattr("fedeq_edge.provision.update._LOOK_S", 0.01)
     fleet.flashed("box-01", "card.img")
     fleet.take_report("box-01", REPORTED)
     done = run(command, "box-01")
