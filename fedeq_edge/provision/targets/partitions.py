@@ -3,6 +3,7 @@
 Every write is read back from the medium and compared, because a card that is worn out takes writes without a word.
 """
 
+import itertools
 import json
 import os
 import re
@@ -123,7 +124,8 @@ class Ext4:
 
     def read(self, path: str) -> bytes | None:
         """What the file holds, None where there is none."""
-        return self._debugfs(f"cat /{path}").stdout if self.exists(path) else None
+        done = self._debugfs(f"cat /{path}")
+        return None if _complaint(done) else done.stdout
 
     def exists(self, path: str) -> bool:
         """A file, folder or link of this name is there."""
@@ -170,19 +172,22 @@ class Ext4:
         return int(free.group(1)) * int(size.group(1)) if free and size else 0
 
     def _folders(self, path: str) -> list[str]:
-        above = [str(folder) for folder in reversed(PurePosixPath(path).parents[:-1])]
-        return [f"mkdir /{folder}" for folder in above if not self.exists(folder)]
+        missing = itertools.takewhile(lambda folder: not self.exists(str(folder)), PurePosixPath(path).parents[:-1])
+        return [f"mkdir /{folder}" for folder in reversed(list(missing))]
 
     def _change(self, commands: Sequence[str], path: str) -> None:
         for command in commands:
             done = self._debugfs(command, write=True)
-            complaint = done.stderr.split(b"\n", 1)[-1].strip()  # the first line is the version; the status is always 0
-            if complaint:
-                said = complaint.decode(errors="replace")
+            if said := _complaint(done):
                 raise ProvisionError(Exit.FAILED, f"{self.image}: cannot write {path}: {said}; run e2fsck on it")
 
     def _debugfs(self, command: str, *, write: bool = False) -> subprocess.CompletedProcess[bytes]:
         return _tool(["debugfs", *(["-w"] if write else []), "-R", command, f"{self.image}?offset={self.start}"])
+
+
+def _complaint(done: subprocess.CompletedProcess[bytes]) -> str:
+    """What debugfs could not do: its first line is the version, its status always 0."""
+    return done.stderr.split(b"\n", 1)[-1].decode(errors="replace").strip()
 
 
 def _tool(command: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -99,29 +100,32 @@ def arm(make_bundle: BundleMaker, fleet: Fleet) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cards(tmp_path_factory: pytest.TempPathFactory) -> CardMaker:
+def cards(memory: Path) -> CardMaker:
     """Cards that nobody writes to; the same for the same words."""
 
     @functools.cache
     def make(cloud: bool, raspberry: bool, mark: str, machine: int) -> Card:
-        folder = tmp_path_factory.mktemp("card")
+        folder = Path(tempfile.mkdtemp(dir=memory))
         return prepared(folder, cloud=cloud, raspberry=raspberry, mark=mark, machine=machine)
 
     return make
 
 
 @pytest.fixture
-def make_card(tmp_path: Path, cards: CardMaker) -> CardMaker:
+def make_card(memory: Path, cards: CardMaker) -> Iterator[CardMaker]:
     missing = [tool for tool in ("sfdisk", "mcopy", "mformat", "debugfs", "mke2fs") if not shutil.which(tool)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: fdisk mtools e2fsprogs)")
 
-    def make(*, cloud: bool = True, raspberry: bool = True, mark: str = "", machine: int = 183) -> Card:
-        card = Card(tmp_path / "card.img")
-        subprocess.run(["cp", "--sparse=always", cards(cloud, raspberry, mark, machine).path, card.path], check=True)
-        return card
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
 
-    return make
+        def make(*, cloud: bool = True, raspberry: bool = True, mark: str = "", machine: int = 183) -> Card:
+            card = Card(Path(folder) / "card.img")
+            blank = cards(cloud, raspberry, mark, machine)
+            subprocess.run(["cp", "--sparse=always", blank.path, card.path], check=True)
+            return card
+
+        yield make
 
 
 @pytest.fixture
