@@ -1,22 +1,17 @@
-"""The whole model: stem, equilibrium, pooled linear head, over two flat parameter vectors.
-
-`DEQ` keeps theta (stem and cell) and head each in one flat tensor; its parameters are views of them and their gradients
-are views of two flat gradient tensors. What travels is flat, so loading, projecting and stepping copy nothing twice.
-"""
+"""The whole model: stem, equilibrium, pooled linear head, over two flat parameter vectors."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedeq_edge.consensus.constraint import project
 from fedeq_edge.deq.adjoints import Adjoint, AdjointReport, KTerm
 from fedeq_edge.deq.cell import LinearisableCell, MonotoneCell, build_cell, build_stem
-from fedeq_edge.deq.layout import Layout, checked, constraints, head_layout, size, theta_layout
+from fedeq_edge.deq.flat import FlatModule
+from fedeq_edge.deq.layout import constraints, head_layout, theta_layout
 from fedeq_edge.deq.method import Picard, Solver
 from fedeq_edge.deq.penalty import jacobian_penalty
 from fedeq_edge.deq.solution import Solution
@@ -54,13 +49,8 @@ class Output:
     report: AdjointReport | None
 
 
-class DEQ(nn.Module):
-    """The model that `spec` describes, all parameters zero until `load`.
-
-    theta (p,), head_vector (h,): flat parameters; theta_grad, head_grad: flat gradients, zeroed by `zero_grad`, filled
-    by `backward`. In-place changes of the flat tensors change the module. It lives on the CPU in the dtype that it was
-    built with: `.to` would cut the views, so build another and load it.
-    """
+class DEQ(FlatModule):
+    """The model that `spec` describes, all parameters zero until `load`. theta: stem and cell."""
 
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -68,9 +58,7 @@ class DEQ(nn.Module):
         self.stem = build_stem(spec).to(dtype)
         self.cell = build_cell(spec)
         self.head = nn.Linear(spec.features, spec.classes, device="meta")
-        self.theta, self.theta_grad = bind(self, theta_layout(spec), dtype)
-        self.head_vector, self.head_grad = bind(self, head_layout(spec), dtype)
-        self._leaves = list(self.parameters())
+        self.flatten(theta_layout(spec), head_layout(spec), dtype)
         self._constraints = constraints(spec)
         self._windows = spec.pool_windows
         self._linearise = self.cell.linearise if isinstance(self.cell, LinearisableCell) else None
@@ -83,19 +71,6 @@ class DEQ(nn.Module):
             getattr(twin, name).copy_(getattr(self, name))
         twin._follow_theta()
         return twin
-
-    def load(self, theta: NDArray[np.floating], head: NDArray[np.floating]) -> None:
-        """The module computes with these parameters, copies of theta (p,) and head (h,).
-
-        Raises ConfigError, before anything has changed, for another size and for NaN or infinity.
-        """
-        loaded = (
-            (self.theta, _checked("theta", theta, self.theta, theta_layout(self.spec))),
-            (self.head_vector, _checked("head", head, self.head_vector, head_layout(self.spec))),
-        )
-        for flat, vector in loaded:
-            flat.copy_(vector)
-        self._follow_theta()
 
     def project(self) -> None:
         """theta lies in the constraint set of the spec, moved by the least distance (CPU only)."""
@@ -163,16 +138,6 @@ class DEQ(nn.Module):
         """
         return jacobian_penalty(self._step(output.injection), output.state, generator)
 
-    def backward(self, loss: Tensor) -> None:
-        """The gradient of `loss` is added to theta_grad and head_grad; the input gets none."""
-        torch.autograd.backward(loss, inputs=self._leaves)
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Flat gradients are zero. They stay where they are: set_to_none, torch's default, would cut the views."""
-        del set_to_none
-        self.theta_grad.zero_()
-        self.head_grad.zero_()
-
     def _follow_theta(self) -> None:
         if isinstance(self.cell, MonotoneCell):
             self.cell.choose_step()
@@ -199,21 +164,3 @@ class DEQ(nn.Module):
             evaluations=evaluations,
             report=report,
         )
-
-
-def _checked(name: str, vector: NDArray[np.floating], flat: Tensor, layout: Layout) -> Tensor:
-    """`vector` in the dtype of `flat`. Raises ConfigError where it does not fit or is not finite."""
-    with np.errstate(over="ignore"):  # what overflows is named
-        fresh = np.ascontiguousarray(vector).astype(flat.numpy().dtype, copy=False)
-    return torch.from_numpy(checked(name, fresh, layout))
-
-
-def bind(model: nn.Module, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(flat parameters, flat gradients), zero, with the named parameters of the model made views of them."""
-    flat, gradient = torch.zeros(size(layout), dtype=dtype), torch.zeros(size(layout), dtype=dtype)
-    for slot in layout:
-        owner, _, name = slot.name.rpartition(".")
-        parameter = nn.Parameter(flat[slot.offset : slot.end].view(slot.shape))
-        parameter.grad = gradient[slot.offset : slot.end].view(slot.shape)
-        setattr(model.get_submodule(owner), name, parameter)
-    return flat, gradient

@@ -1,6 +1,6 @@
 """Explicit networks in torch behind the seam that learners know: budgets change nothing, residuals are 0.
 
-Parameters and gradients are views of flat vectors, as in `DEQ`, so the very same training step drives both.
+They are over flat vectors, as `DEQ` is, so the very same training step drives both.
 """
 
 from collections.abc import Sequence
@@ -13,36 +13,26 @@ from torch.nn import functional
 
 from fedeq_edge.deq.adjoints import AdjointReport
 from fedeq_edge.deq.description import Description, Parameter
-from fedeq_edge.deq.layout import checked
-from fedeq_edge.deq.model import Budget, Output, bind
+from fedeq_edge.deq.flat import FlatModule
+from fedeq_edge.deq.model import Budget, Output
 from fedeq_edge.deq.solution import Result
 from fedeq_edge.simulation.networks import ExplicitSpec
-from fedeq_edge.training.backend import Matrix, Pull, Samples
+from fedeq_edge.training.backend import Matrix, Samples
 from fedeq_edge.training.step import Plan, Vector
-from fedeq_edge.training.torch_step import Descent
+from fedeq_edge.training.torch_step import FlatBackend
 
 
-class Explicit(nn.Module):
+class Explicit(FlatModule):
     """The network that `spec` describes, all parameters zero until `load`.
 
     theta (p,): all but the head, in the order of its layers; head_vector (h,): weight (classes, features), then bias.
-    theta_grad, head_grad: flat gradients, zeroed by `zero_grad`, filled by `backward`.
     """
 
     def __init__(self, spec: ExplicitSpec) -> None:
         super().__init__()
         self.description = describe(spec)
         self.body, self.head = _body(spec), _head(spec)
-        self.theta, self.theta_grad = bind(self, self.description.theta_layout, torch.float32)
-        self.head_vector, self.head_grad = bind(self, self.description.head_layout, torch.float32)
-        self._leaves = list(self.parameters())
-
-    def load(self, theta: Vector, head: Vector) -> None:
-        """The network computes with copies of these. Raises ConfigError for another size and for NaN or infinity."""
-        checked("theta", theta, self.description.theta_layout)
-        checked("head", head, self.description.head_layout)
-        self.theta.copy_(torch.from_numpy(np.ascontiguousarray(theta)))
-        self.head_vector.copy_(torch.from_numpy(np.ascontiguousarray(head)))
+        self.flatten(self.description.theta_layout, self.description.head_layout)
 
     def forward(self, x: Tensor, *, budget: Budget, adjoint: object = None) -> Output:
         """Logits of samples x (B, *input_shape), whatever the budget."""
@@ -59,16 +49,6 @@ class Explicit(nn.Module):
             report=AdjointReport(terms=0, residual=0.0, result=Result.CONVERGED),
         )
 
-    def backward(self, loss: Tensor) -> None:
-        """The gradient of `loss` is added to theta_grad and head_grad."""
-        torch.autograd.backward(loss, inputs=self._leaves)
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Flat gradients are zero and stay where they are."""
-        del set_to_none
-        self.theta_grad.zero_()
-        self.head_grad.zero_()
-
     def jacobian_penalty(self, output: Output, generator: torch.Generator) -> Tensor:
         """0: there is no cell whose Jacobian could be penalised."""
         del output, generator
@@ -78,26 +58,12 @@ class Explicit(nn.Module):
         """Nothing is constrained."""
 
 
-class ExplicitBackend:
+class ExplicitBackend(FlatBackend):
     """An explicit network in torch on the CPU: a `Backend`. Of the plan, budgets and adjoint have no meaning for it."""
 
     def __init__(self, spec: ExplicitSpec, plan: Plan) -> None:
-        self._plan = plan
         self._model = Explicit(spec)
-        self.description = self._model.description
-        self.solver = b""  # no loop to solve
-
-    def load(self, theta: Vector, head: Vector) -> None:
-        """The network computes with copies of these. Raises ConfigError for another size and for NaN or infinity."""
-        self._model.load(theta, head)
-
-    def parameters(self) -> tuple[Vector, Vector]:
-        """Copies of theta (p,) and head (h,) as they are now."""
-        return self._model.theta.numpy().copy(), self._model.head_vector.numpy().copy()
-
-    def descent(self, *, rate: float, pull: Pull | None = None, frozen_head: bool = False, seed: int = 0) -> Descent:
-        """Steps of one round at this step size, velocity 0."""
-        return Descent(self._model, self._plan, rate=rate, pull=pull, frozen_head=frozen_head, seed=seed)
+        super().__init__(self._model, self._model.description, plan)
 
     def solve(self, x: Samples, forward: int) -> tuple[Matrix, Vector]:
         """(features (B, spec.features), zeros (B,)) of x (B, *input_shape)."""

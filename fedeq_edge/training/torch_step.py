@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedeq_edge.deq.adjoints import Adjoint, Unrolled
 from fedeq_edge.deq.batch import relative_residual
-from fedeq_edge.deq.description import describe
+from fedeq_edge.deq.description import Description, describe
 from fedeq_edge.deq.model import DEQ, Output
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import SolverError
@@ -46,6 +46,10 @@ class Model(Protocol):
     theta_grad: Tensor
     head_vector: Tensor
     head_grad: Tensor
+
+    def load(self, theta: Vector, head: Vector) -> None:
+        """The model computes with copies of these."""
+        ...
 
     def forward(self, x: Tensor, *, budget: Budget, adjoint: Adjoint | None = None) -> Output:
         """The pass whose loss `backward` takes."""
@@ -151,27 +155,35 @@ class Descent:
         self._w[:theta_size] = self._model.theta
 
 
-class TorchBackend:
-    """A model in torch on the CPU: a `Backend`."""
+class FlatBackend:
+    """What the `Backend`s of torch have in common: a model over flat vectors, on the CPU."""
 
-    solver = b""
+    solver = b""  # no graph has trained it
 
-    def __init__(self, spec: ModelSpec, plan: Plan) -> None:
-        self.description = describe(spec)
+    def __init__(self, model: Model, description: Description, plan: Plan) -> None:
+        self.description = description
+        self._flat = model
         self._plan = plan
-        self._model = DEQ(spec)
 
     def load(self, theta: Vector, head: Vector) -> None:
         """The model computes with copies of these. Raises ConfigError for another size and for NaN or infinity."""
-        self._model.load(theta, head)
+        self._flat.load(theta, head)
 
     def parameters(self) -> tuple[Vector, Vector]:
         """Copies of theta (p,) and head (h,) as they are now."""
-        return self._model.theta.numpy().copy(), self._model.head_vector.numpy().copy()
+        return self._flat.theta.numpy().copy(), self._flat.head_vector.numpy().copy()
 
     def descent(self, *, rate: float, pull: Pull | None = None, frozen_head: bool = False, seed: int = 0) -> Descent:
         """Steps of one round at this step size, velocity 0."""
-        return Descent(self._model, self._plan, rate=rate, pull=pull, frozen_head=frozen_head, seed=seed)
+        return Descent(self._flat, self._plan, rate=rate, pull=pull, frozen_head=frozen_head, seed=seed)
+
+
+class TorchBackend(FlatBackend):
+    """A model in torch on the CPU: a `Backend`."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan) -> None:
+        self._model = DEQ(spec)
+        super().__init__(self._model, describe(spec), plan)
 
     def solve(self, x: Samples, forward: int) -> tuple[Matrix, Vector]:
         """(features (B, f), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""
