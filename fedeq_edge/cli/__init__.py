@@ -27,8 +27,8 @@ _EXTRAS = {
     "tuf": "fleet",
     "ray": "ray",
 }
-# The module here whose `app` a command is of, or is itself: an agent need not import what a gateway, a host and a
-# simulation need, which takes seconds on a small board, and memory for as long as it runs.
+# The module here whose `app` a command is of, or is itself. A board is slow: what it starts does not import what
+# gateways, hosts and simulations need.
 _NOUNS: Final = ("agent", "aggregator", "broker", "bundle", "data", "device", "fleet", "model")
 _VERBS: Final = {
     "demo": "demo",
