@@ -27,7 +27,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     the last theta_i of all members, as a control: it keeps every one of them in memory (server.py).
     server_momentum: beta in [0, 1) of v <- beta v + step, z <- z_hat + v, with "mean" alone; 0 is none.
     heads: "personal" stay on the device; "consensus_refit" are part of z and refitted where they are used.
-    head_step: "refit" fits the head before the body is trained; "joint" trains both together.
+    head_step: "joint" trains head and body together; "refit" fits the head before the body is trained (FedRep, FeDEQ).
     ditto: lambda of a second, personal model pulled towards z; 0 is none.
     finetune_epochs: passes of a device over its data, at delivery, that train body and head of z; 0 is none.
     finetune_rate: their step size, > 0; None is the one with which the plan's schedule ends.
@@ -51,7 +51,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     server: Literal["fresh", "mean", "sums"] = "fresh"
     server_momentum: float = 0.0
     heads: Heads = "personal"
-    head_step: Literal["refit", "joint"] = "refit"
+    head_step: Literal["joint", "refit"] = "joint"
     ditto: float = 0.0
     finetune_epochs: int = 0
     finetune_rate: float | None = None
@@ -156,7 +156,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method(name="admm", head_step="joint"),
+        Method(name="admm"),
         Method(name="local", exchange=False, duals=False, proximal=False, server="mean", quality="uniform"),
         Method(
             name="fedavg",
@@ -172,10 +172,9 @@ METHODS: dict[str, Method] = {
             duals=False,
             proximal=False,
             server="mean",
-            head_step="joint",
             quality="uniform",
         ),
-        Method(name="fedrep", duals=False, proximal=False, server="mean", quality="uniform"),
+        Method(name="fedrep", duals=False, proximal=False, server="mean", head_step="refit", quality="uniform"),
         Method(
             name="ditto",
             duals=False,
@@ -219,11 +218,10 @@ METHODS: dict[str, Method] = {
             proximal=False,
             server="mean",
             server_momentum=0.5,  # 0.9, as above, overshoots in federations of tens of rounds
-            head_step="joint",
             quality="uniform",
         ),
-        Method(name="admm-sums", server="sums", head_step="joint"),
-        Method(name="fedeq-published", server="mean", quality="uniform"),
+        Method(name="admm-sums", server="sums"),
+        Method(name="fedeq-published", server="mean", head_step="refit", quality="uniform"),
         # q in the average alone is what "objective" does to a server without duals: omega_i = n_i q_i, kappa_i = rho
         Method(
             name="quality-average",

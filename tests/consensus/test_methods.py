@@ -33,6 +33,7 @@ def test_only_ours_adds_the_duals_at_the_server_and_only_local_exchanges_nothing
     assert [name for name, preset in METHODS.items() if preset.server == "fresh"] == ["admm"]
     assert [name for name, preset in METHODS.items() if preset.keeps_duals] == ["admm", "admm-sums"]
     assert [name for name, preset in METHODS.items() if not preset.exchange] == ["local"]
+    assert [name for name, preset in METHODS.items() if preset.head_step == "refit"] == ["fedrep", "fedeq-published"]
 
 
 def test_a_method_travels_and_an_unknown_field_is_refused() -> None:

@@ -99,6 +99,18 @@ def test_theta_stays_well_posed_under_a_wild_step_size(learner_of: MakeLearner) 
     assert feasible(task.z + result.difference, constraints(SPEC))
 
 
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedper", "ditto", "quality-average", "admm"])
+def test_a_head_trained_together_with_the_body_moves_by_gradient_steps_alone(
+    learner_of: MakeLearner, name: str
+) -> None:
+    method = METHODS[name]
+    _, head = initial(SPEC, 0)
+    plan = replace(PLAN, learning_rate=1e-6)
+    result = learner_of(method=method, plan=plan).train(first_task(method=method, head=head))
+    longest = plan.learning_rate * plan.clip * result.steps / (1 - plan.momentum)
+    assert 0.0 < np.linalg.norm(result.head - head) <= longest + 1e-6
+
+
 def test_a_refitted_head_stays_as_fitted_while_theta_moves(learner_of: MakeLearner) -> None:
     alternating = replace(ADMM, head_step="refit")
     once = learner_of(method=alternating).train(first_task())
