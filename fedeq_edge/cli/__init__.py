@@ -76,7 +76,7 @@ def command_line(wanted: Iterable[str] = (*_NOUNS, *_VERBS)) -> typer.Typer:
     return app
 
 
-def _meant(words: list[str]) -> Iterable[str]:
+def _needed_for(words: list[str]) -> Iterable[str]:
     """The commands that are needed to answer a command line of these words."""
     if words == ["--version"]:
         return ()
@@ -87,7 +87,7 @@ def _meant(words: list[str]) -> Iterable[str]:
 def main() -> None:
     """Run the command line; errors raised on purpose become one line on stderr."""
     try:
-        command_line(_meant(sys.argv[1:]))()
+        command_line(_needed_for(sys.argv[1:]))()
     except ProvisionError as error:
         typer.echo(f"fedeq: {error}", err=True)
         sys.exit(error.exit)

@@ -58,12 +58,12 @@ class Explicit(FlatModule):
         """Nothing is constrained."""
 
 
-class ExplicitBackend(FlatBackend):
+class ExplicitBackend(FlatBackend[Explicit]):
     """An explicit network in torch on the CPU: a `Backend`. Of the plan, budgets and adjoint have no meaning for it."""
 
     def __init__(self, spec: ExplicitSpec, plan: Plan) -> None:
-        self._model = Explicit(spec)
-        super().__init__(self._model, self._model.description, plan)
+        model = Explicit(spec)
+        super().__init__(model, model.description, plan)
 
     def solve(self, x: Samples, forward: int) -> tuple[Matrix, Vector]:
         """(features (B, spec.features), zeros (B,)) of x (B, *input_shape)."""

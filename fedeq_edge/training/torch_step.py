@@ -15,7 +15,7 @@ Nothing here draws from a global generator. Results depend on the number of torc
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,6 +70,9 @@ class Model(Protocol):
     def project(self) -> None:
         """theta lies in its constraint set."""
         ...
+
+
+ModelT = TypeVar("ModelT", bound=Model)
 
 
 class Descent:
@@ -155,35 +158,34 @@ class Descent:
         self._w[:theta_size] = self._model.theta
 
 
-class FlatBackend:
+class FlatBackend(Generic[ModelT]):
     """What the `Backend`s of torch have in common: a model over flat vectors, on the CPU."""
 
     solver = b""  # no graph has trained it
 
-    def __init__(self, model: Model, description: Description, plan: Plan) -> None:
+    def __init__(self, model: ModelT, description: Description, plan: Plan) -> None:
         self.description = description
-        self._flat = model
+        self._model = model
         self._plan = plan
 
     def load(self, theta: Vector, head: Vector) -> None:
         """The model computes with copies of these. Raises ConfigError for another size and for NaN or infinity."""
-        self._flat.load(theta, head)
+        self._model.load(theta, head)
 
     def parameters(self) -> tuple[Vector, Vector]:
         """Copies of theta (p,) and head (h,) as they are now."""
-        return self._flat.theta.numpy().copy(), self._flat.head_vector.numpy().copy()
+        return self._model.theta.numpy().copy(), self._model.head_vector.numpy().copy()
 
     def descent(self, *, rate: float, pull: Pull | None = None, frozen_head: bool = False, seed: int = 0) -> Descent:
         """Steps of one round at this step size, velocity 0."""
-        return Descent(self._flat, self._plan, rate=rate, pull=pull, frozen_head=frozen_head, seed=seed)
+        return Descent(self._model, self._plan, rate=rate, pull=pull, frozen_head=frozen_head, seed=seed)
 
 
-class TorchBackend(FlatBackend):
+class TorchBackend(FlatBackend[DEQ]):
     """A model in torch on the CPU: a `Backend`."""
 
     def __init__(self, spec: ModelSpec, plan: Plan) -> None:
-        self._model = DEQ(spec)
-        super().__init__(self._model, describe(spec), plan)
+        super().__init__(DEQ(spec), describe(spec), plan)
 
     def solve(self, x: Samples, forward: int) -> tuple[Matrix, Vector]:
         """(features (B, f), relative residuals (B,)) of x (B, *input_shape) at K = `forward`."""

@@ -33,6 +33,9 @@ def test_only_ours_adds_the_duals_at_the_server_and_only_local_exchanges_nothing
     assert [name for name, preset in METHODS.items() if preset.server == "fresh"] == ["admm"]
     assert [name for name, preset in METHODS.items() if preset.keeps_duals] == ["admm", "admm-sums"]
     assert [name for name, preset in METHODS.items() if not preset.exchange] == ["local"]
+
+
+def test_only_fedrep_and_the_published_fedeq_fit_the_head_before_the_body() -> None:
     assert [name for name, preset in METHODS.items() if preset.head_step == "refit"] == ["fedrep", "fedeq-published"]
 
 
