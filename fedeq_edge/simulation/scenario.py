@@ -109,6 +109,7 @@ def prepare(setup: Setup, fleet: Fleet | None = None) -> Scenario:
     method = method_of(chosen, advised[2])
     schedule = settings.changed(Schedule(min_devices=len(seen), seed=setup.seed), chosen.schedule, "schedule")
     _check_schedule(schedule, plan, len(seen))
+    plan = plan.for_share(schedule.fraction)
     if setup.tuning:
         seen = {name: _for_tuning(name, data, chosen.data) for name, data in seen.items()}
     scenario = Scenario(

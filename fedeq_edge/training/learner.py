@@ -264,14 +264,16 @@ class Learner:
         return descent.step(x, y, budget_of(forward, self._plan.adjoint_ratio))
 
     def _train_alone(self, allowance: Allowance, near: Pull | None) -> None:
-        """The model has been trained for the whole federation's rounds without exchange, from what it holds.
+        """The model has been trained for the plan's `alone_rounds` without exchange, from what it holds.
 
-        near: a fixed point to stay near (Ditto); None is training alone. Steps, budgets and step sizes are those of
-        the federation when no round is cut short.
+        near: a fixed point to stay near (Ditto); None is training alone. Steps, budgets and the course of step sizes
+        are those of the rounds that this device is asked for when none is cut short.
         """
         generator = np.random.default_rng(0)  # any: devices differ by their data, runs by their start
-        for completed in range(self._plan.rounds):
-            descent = self._backend.descent(rate=learning_rate(self._plan, completed), pull=near, seed=completed)
+        rounds = self._plan.alone_rounds or self._plan.rounds
+        for completed in range(rounds):
+            rate = learning_rate(self._plan, completed, rounds=rounds)
+            descent = self._backend.descent(rate=rate, pull=near, seed=completed)
             for rows in self._batches(generator)[: allowance.steps]:
                 self._step(descent, rows, draw_forward(allowance.menu, allowance.menu[-1], generator))
 

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from fedeq_edge.training.step import Plan
 
 
-def learning_rate(plan: Plan, completed: int) -> float:
-    """Step size after `completed` rounds: half a cosine from `learning_rate` to `learning_rate * final_rate`."""
-    share = min(completed / plan.rounds, 1.0)
+def learning_rate(plan: Plan, completed: int, *, rounds: int | None = None) -> float:
+    """Step size after `completed` of `rounds` (None: the plan's): half a cosine from `learning_rate` to
+    `learning_rate * final_rate`.
+    """
+    share = min(completed / (rounds or plan.rounds), 1.0)
     cosine = 0.5 * (1.0 + math.cos(math.pi * share))
     return plan.learning_rate * (plan.final_rate + (1.0 - plan.final_rate) * cosine)
 

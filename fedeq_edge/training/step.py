@@ -61,6 +61,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     refit_steps: Adam steps on cached equilibrium features when a head is fitted (`refit_rate` its step size).
     refit_pull: tau of a prior of variance 1 / tau around the head that a device got, for the head of its personal
     model: with few samples it stays there, with many it has no weight (refit.py); 0: none.
+    alone_rounds: how many rounds' steps a model gets that is trained without exchange: that of a method that has none,
+    Ditto's, and what compare_local compares with. None: as many as a device is asked for (`for_share`).
     compare_local: at the end, train alone from the same start with the same number of steps, for comparison.
     """
 
@@ -83,12 +85,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     refit_steps: int = 100
     refit_rate: float = 0.01
     refit_pull: float = 0.1
+    alone_rounds: int | None = None
     compare_local: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no device could carry out."""
         _check_counts(self)
         _check_amounts(self)
+
+    def for_share(self, fraction: float) -> "Plan":
+        """This plan where a round asks `fraction` of the devices: alone_rounds are a device's own, unless set."""
+        if self.alone_rounds is not None:
+            return self
+        return msgspec.structs.replace(self, alone_rounds=max(1, round(self.rounds * fraction)))
 
 
 class LocalTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +173,8 @@ def _check_counts(plan: Plan) -> None:
             raise ConfigError(f"train.{name} is {getattr(plan, name)}; give at least 1")
     if not plan.budgets or min(plan.budgets) < 1 or max(plan.budgets) > LARGEST_BUDGET:
         raise ConfigError(f"train.budgets is {list(plan.budgets)}; give values of K from 1 to {LARGEST_BUDGET}")
+    if plan.alone_rounds is not None and plan.alone_rounds < 1:
+        raise ConfigError(f"train.alone_rounds is {plan.alone_rounds}; give at least 1, or leave it out")
     for name in ("refit_steps", "unrolled", "microbatch"):
         if getattr(plan, name) < 0:
             raise ConfigError(f"train.{name} is {getattr(plan, name)}; give at least 0")

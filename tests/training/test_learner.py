@@ -175,6 +175,17 @@ def test_training_alone_is_measured_when_the_plan_asks(learner_of: MakeLearner) 
     assert np.array_equal(personal.theta, theta)
 
 
+def test_a_model_alone_makes_the_steps_of_its_own_rounds_and_their_course(learner_of: MakeLearner) -> None:
+    alone = METHODS["local"]
+    theta, head = initial(SPEC, 0)
+    own, whole, other = (
+        learner_of(method=alone, plan=plan).personalise(theta, head).theta
+        for plan in (replace(PLAN, rounds=6, alone_rounds=2), replace(PLAN, rounds=2), replace(PLAN, rounds=6))
+    )
+    assert np.array_equal(own, whole)
+    assert not np.array_equal(own, other)
+
+
 def test_ditto_leaves_z_by_less_the_larger_its_lambda(learner_of: MakeLearner) -> None:
     theta, head = initial(SPEC, 0)
     gaps = [

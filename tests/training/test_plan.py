@@ -21,6 +21,7 @@ from fedeq_edge.training.step import Plan
         ("budgets", (LARGEST_BUDGET + 1,)),
         ("refit_steps", -1),
         ("unrolled", -1),
+        ("alone_rounds", 0),
         ("jacobian_penalty", -0.1),
         ("jacobian_penalty", float("nan")),
         ("jacobian_penalty", float("inf")),
