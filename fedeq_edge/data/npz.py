@@ -42,6 +42,12 @@ class ClientData:
     apart: bool = False
 
 
+def flattened(data: ClientData) -> ClientData:
+    """The same client, its samples as vectors."""
+    train, test = (x.reshape(len(x), math.prod(x.shape[1:])) for x in (data.x_train, data.x_test))
+    return replace(data, x_train=train, x_test=test)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientSummary:
     """Counts of one client. histogram: (classes,) training samples per label."""

@@ -49,6 +49,7 @@ class DataTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     where the file marks none, in (0, 1); ordered: a client's rows follow each other in time, so that share is its last
     rows. unseen: clients that are kept out of training and evaluated at the end: their names, how many of the last
     ones, or a boolean array that marks all their rows, such as official_test; those are not counted by `clients`.
+    flat: each sample as one vector, for dense cells.
     """
 
     file: str = "digits"
@@ -63,6 +64,7 @@ class DataTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     validation: float = 0.2
     ordered: bool = False
     unseen: int | str | tuple[str, ...] = 0
+    flat: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.validation < 1.0:

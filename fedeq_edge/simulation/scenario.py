@@ -15,7 +15,7 @@ import numpy as np
 
 from fedeq_edge import settings
 from fedeq_edge.consensus.methods import Method
-from fedeq_edge.data.npz import ClientData, column_names, describe, load_fleet
+from fedeq_edge.data.npz import ClientData, column_names, describe, flattened, load_fleet
 from fedeq_edge.demo.source import device_ids, statistics
 from fedeq_edge.errors import ConfigError, DataError
 from fedeq_edge.hardware.profiles import load_profile
@@ -129,6 +129,11 @@ def prepare(setup: Setup, fleet: Fleet | None = None) -> Scenario:
 
 def load_data(table: DataTable) -> dict[str, ClientData]:
     """The clients by id. Raises DataError where the file cannot be used."""
+    fleet = _loaded(table)
+    return {name: flattened(data) for name, data in fleet.items()} if table.flat else fleet
+
+
+def _loaded(table: DataTable) -> Fleet:
     if table.file == "digits":
         from fedeq_edge.data.digits import digits_fleet  # noqa: PLC0415  # scikit-learn only for this data set
 

@@ -46,6 +46,15 @@ def test_the_official_tests_writers_are_unseen_and_the_others_drawn_by_lot(write
     assert len(scenario(writers, unseen="official_test").fleet) == 9
 
 
+def test_samples_as_vectors_are_what_dense_cells_take(writers: Path) -> None:
+    images, vectors = scenario(writers), scenario(writers, flat=True, tables={"model": {"cell": "monotone"}})
+    for name, data in images.fleet.items():
+        for part in ("x_train", "x_test"):
+            assert np.array_equal(getattr(vectors.fleet[name], part), getattr(data, part).reshape(-1, 784))
+    with pytest.raises(FedEqError, match=r"by data\.flat"):
+        scenario(writers, tables={"model": {"cell": "monotone"}})
+
+
 def test_settings_are_chosen_on_the_files_validation_part_and_trained_on_it_afterwards(writers: Path) -> None:
     with np.load(writers) as file:
         shade, split, client = file["x"][:, 1, 0], file["split"], file["client"]
