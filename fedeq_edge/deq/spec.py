@@ -200,7 +200,7 @@ def _check_kind(spec: ModelSpec) -> None:
     if spec.cell == "monotone" and spec.spatial:
         raise ConfigError(
             f'model: cell "monotone" is dense, but input_shape {spec.input_shape} is not; use cell = "contractive" '
-            f'with norm = "spectral", or flatten the samples to ({prod(spec.input_shape)},), in experiments by data.flat'
+            f'with norm = "spectral", or flatten the samples to ({prod(spec.input_shape)},), as by data.flat'
         )
     if spec.cell == "monotone" and spec.radius is None:
         raise ConfigError('model: a monotone cell needs a radius below 1; for a free one use cell = "contractive"')
