@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
@@ -189,20 +189,19 @@ class _Bar:
 
 
 def _show(console: Console, summary: Mapping[str, Any]) -> None:
-    """Fits 80 columns with short names; a seed's spread stands below its mean."""
+    """Fits 80 columns with short names; a seed's spread stands below its mean. No column where nobody has a value."""
     caption = (
         "means over the seeds, ± their standard deviation; worst: of the worst tenth of the clients; "
         "MB up and down: of the whole run"
     )
     table = Table(caption=caption, caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column("variant", overflow="fold")
-    for name in ("personal", "consensus", "local", "worst", "unseen", "up", "down", "target"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, found in summary["variants"].items():
-        accuracies = (_spread(found[key]) for key in ("personal", "consensus", "local", "worst_tenth", "unseen"))
-        amounts = (_megabytes(found[key]["mean"]) for key in ("bytes_up", "bytes_down"))
-        target = found["rounds_to_target"]["mean"]
-        table.add_row(name, *accuracies, *amounts, "-" if target is None else f"{target:.0f}")
+    variants = summary["variants"]
+    columns = [column for column in _COLUMNS if any(one[column[1]]["mean"] is not None for one in variants.values())]
+    for heading, _, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, found in variants.items():
+        table.add_row(name, *(shown(found[key]) for _, key, shown in columns))
     console.print(table)
     if summary["missing"]:
         runs = ", ".join(f"{one['variant']} seed {one['seed']} ({one['reason']})" for one in summary["missing"])
@@ -217,5 +216,22 @@ def _spread(found: Mapping[str, Any]) -> str:
     return _number(found["mean"]) + ("" if found["sd"] is None else f"\n±{found['sd']:.4f}")
 
 
-def _megabytes(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1e6:.3g}"
+def _megabytes(found: Mapping[str, Any]) -> str:
+    return "-" if found["mean"] is None else f"{found['mean'] / 1e6:.3g}"
+
+
+def _count(found: Mapping[str, Any]) -> str:
+    return "-" if found["mean"] is None else f"{found['mean']:.0f}"
+
+
+# heading, key of a variant in the summary, how its mean and spread are shown
+_COLUMNS: Final = (
+    ("personal", "personal", _spread),
+    ("consensus", "consensus", _spread),
+    ("local", "local", _spread),
+    ("worst", "worst_tenth", _spread),
+    ("unseen", "unseen", _spread),
+    ("up", "bytes_up", _megabytes),
+    ("down", "bytes_down", _megabytes),
+    ("target", "rounds_to_target", _count),
+)
