@@ -54,7 +54,7 @@ def federation_of(chosen: AggregatorSettings) -> Federation:
     return Federation(
         topics=Topics(chosen.federation),
         model=msgspec.to_builtins(chosen.model),
-        plan=msgspec.to_builtins(chosen.train.for_share(chosen.schedule.fraction)),
+        plan=msgspec.to_builtins(chosen.plan),
         seed=chosen.seed,
         rounds=chosen.train.rounds if method.exchange else 0,
         method=method,

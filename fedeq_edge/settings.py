@@ -162,6 +162,12 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
                 "leave out root and workers, or the robust options"
             )
 
+    @property
+    def plan(self) -> Plan:
+        """[train] as devices get it. How many they are is known to nobody yet: enough that a round asks for one."""
+        fewest = max(self.schedule.min_devices, round(1.0 / self.schedule.fraction))
+        return self.train.for_share(self.schedule.share(fewest))
+
     def resolved_method(self) -> Method:
         """The preset with the file's changes. Raises ConfigError on an unknown preset or field."""
         changes = dict(self.method)

@@ -68,8 +68,10 @@ def simulate(
         _run(variants, options, console, draw)
     found = collect(variants, options)
     if not found.results:
+        reasons = ", ".join(sorted({one.reason for one in found.missing}))
         raise StateError(
-            f"no run of this experiment has finished in {run.out_of(variants, options)}; leave out --no-run"
+            f"no run of this experiment has finished in {run.out_of(variants, options)} ({reasons}); "
+            "leave out --no-run, or name another folder with --out"
         )
     if draw is not None:
         draw(found)
@@ -88,8 +90,6 @@ def _run(variants: "Sequence[Variant]", options: "Options", console: Console, dr
     try:
         with _Bar(console) if console.is_terminal else _Lines(console) as view:
             run.run(variants, options, view)
-    except ConfigError:
-        raise  # nothing has run
     except (KeyboardInterrupt, SystemExit, FedEqError) as stopped:
         if draw is not None:
             draw(collect(variants, options))

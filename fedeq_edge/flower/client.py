@@ -163,7 +163,7 @@ class _Client:
         learner = Learner(
             host.backend,
             self.data(context.node_config),
-            chosen.train.for_share(chosen.schedule.fraction),
+            chosen.plan,
             chosen.resolved_method(),
             start=initial(chosen.model, chosen.seed),
             clock=self.clock,

@@ -78,9 +78,16 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
         least: how many at least, if there are so many.
         """
-        size = min(max(least, round(self.fraction * len(devices))), len(devices))
+        size = self._size(len(devices), least)
         chosen = random.Random(f"{self.seed}/{round_number}").sample(sorted(devices), size)
         return tuple(sorted(chosen))
+
+    def share(self, devices: int) -> float:
+        """Part of so many devices that a round asks, or whose contributions it waits for in mode "async"."""
+        return (min(self.buffer, devices) if self.mode == "async" else self._size(devices, 1)) / devices
+
+    def _size(self, devices: int, least: int) -> int:
+        return min(max(least, round(self.fraction * devices)), devices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What of an experiment lies on disk, without running any of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,9 @@ from fedeq_edge.simulation.experiment import Experiment, Variant
 from fedeq_edge.simulation.results import Result, read
 from fedeq_edge.simulation.run import Options, out_of, path_of, portable, seeds_of, tuning_path
 
-Reason = Literal["not begun", "not finished", "its file is of another experiment"]
+Reason = Literal[
+    "not begun", "not finished", "its file is of another experiment", "its settings are not those of the newest run"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +47,8 @@ def collect(variants: Sequence[Variant], options: Options) -> Collected:
     for variant in variants:
         name = variant.experiment.variant
         candidates = [experiment for _, experiment in variant.choices] or [variant.experiment]
-        for seed in seeds_of(variant.experiment, options):
-            result = _found(path_of(out, name, seed), candidates)
+        runs = {seed: _found(path_of(out, name, seed), candidates) for seed in seeds_of(variant.experiment, options)}
+        for seed, result in _alike(runs).items():
             if isinstance(result, Result):
                 found.results.append(result)
             else:
@@ -55,6 +57,25 @@ def collect(variants: Sequence[Variant], options: Options) -> Collected:
         tuning = (_found(tuning_path(out, name, number), trials) for number in range(len(trials)))
         found.tuning.extend(result for result in tuning if isinstance(result, Result))
     return found
+
+
+def _alike(runs: Mapping[int, Result | Reason]) -> dict[int, Result | Reason]:
+    """Without those that another version of the package has resolved into other settings than the newest run's."""
+    whole = [result for result in runs.values() if isinstance(result, Result)]
+    if not whole:
+        return dict(runs)
+    newest = _resolved(max(whole, key=lambda result: result.path.stat().st_mtime_ns))
+    return {
+        seed: "its settings are not those of the newest run"
+        if isinstance(result, Result) and _resolved(result) != newest
+        else result
+        for seed, result in runs.items()
+    }
+
+
+def _resolved(result: Result) -> tuple[object, ...]:
+    """What all seeds of a variant have in common: with [tune], whichever choice each of them was given."""
+    return tuple(result.header[key] for key in ("model", "plan", "method"))
 
 
 def _found(path: Path, candidates: Sequence[Experiment]) -> Result | Reason:

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from math import prod
 from typing import Final
 
+import msgspec
+
 from fedeq_edge.deq.layout import Layout, head_layout, theta_layout
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.hardware.budget import step_seconds
 from fedeq_edge.training.backend import AnytimeBackend, Backend, Descent, Labels, Matrix, Measured, Pull, Samples
-from fedeq_edge.training.step import Budget, Calibration, Vector
+from fedeq_edge.training.step import Budget, Calibration, Plan, Vector
 
 # Multiply-adds a second of the reference core at fp32 convolutions of this kind, and what an evaluation costs besides:
 # some ten calls into a library. Orders of magnitude; an experiment on absolute times gives measured [cost].
@@ -36,6 +38,20 @@ def counted(spec: ModelSpec, batch: int) -> Calibration:
         fixed_s=WHOLE_STEP * (CALLS_S + (stem + head) * batch / RATE) + REVERSE * evaluation_s,
         evaluation_s=evaluation_s,
         adjoint_s=REVERSE * evaluation_s,
+    )
+
+
+def planned(counted: Calibration, plan: Plan) -> Calibration:
+    """The same where a plan differentiates through its last evaluations, or penalises the Jacobian."""
+    evaluation_s, more = counted.evaluation_s, 0.0
+    if plan.unrolled:  # one of them is in every step
+        more += REVERSE * (plan.unrolled - 1)
+    if plan.jacobian_penalty > 0.0:  # one evaluation and a product with its Jacobian, both of them reversed
+        more += (1.0 + REVERSE) ** 2
+    return msgspec.structs.replace(
+        counted,
+        fixed_s=counted.fixed_s + more * evaluation_s,
+        adjoint_s=0.0 if plan.unrolled else counted.adjoint_s,
     )
 
 

@@ -31,7 +31,7 @@ from fedeq_edge.protocol.client import RETRY_S
 from fedeq_edge.protocol.ledger import Shared
 from fedeq_edge.protocol.state import NOTHING, vector_digest
 from fedeq_edge.simulation.device import Device, Order
-from fedeq_edge.simulation.evaluation import Evaluation
+from fedeq_edge.simulation.evaluation import Evaluation, mean_head
 from fedeq_edge.simulation.jobs import Job, Outcome
 from fedeq_edge.simulation.journal import Journal, Waiting
 from fedeq_edge.simulation.measures import mean, means, measured
@@ -44,6 +44,8 @@ from fedeq_edge.transport.memory import MemoryBroker
 
 # So many deadlines without a contribution and nothing will come any more.
 _PATIENCE: Final = 50
+# So many jobs of each client in a row that failed, and no other will succeed.
+_FAILURES: Final = 3
 Line = dict[str, Any]
 
 
@@ -85,6 +87,7 @@ class Simulation:
         self._orders: list[Order] = []
         self._watched: tuple[object, ...] = ()
         self._moved_at = 0.0
+        self._failures = 0
         self._base = b""
         self._blobs: dict[tuple[str, int], bytes] = {}
         self._counted = Totals()
@@ -125,7 +128,8 @@ class Simulation:
             status = self.aggregator.status()
             raise StateError(
                 f"simulation: nothing has happened for {self.now - self._moved_at:.0f} virtual seconds in round "
-                f"{status['round']} ({len(status['online'])} clients online); lower dropout or schedule.quorum"
+                f"{status['round']} ({len(status['online'])} clients online); lower dropout or schedule.quorum, or let "
+                "more clients pass schedule.profiles"
             )
         act()
 
@@ -155,8 +159,12 @@ class Simulation:
             self.after(seconds, lambda device=device, number=number: self._done(device, number))  # type: ignore[misc]
 
     def _done(self, device: Device, number: int) -> None:
+        outcome = self._waiting.take(number)
+        self._failures = self._failures + 1 if outcome.failed else 0
+        if self._failures >= _FAILURES * len(self.devices):
+            raise StateError(f"simulation: no client can do its work; the last, {device.name}: {outcome.failed}")
         self._moved_at = self.now
-        device.done(self._waiting.take(number))
+        device.done(outcome)
 
     def _job(self, order: Order) -> Job:
         """What a worker must know, with the client's vectors read from their files."""
@@ -321,11 +329,8 @@ class Simulation:
     def _mean_head(self) -> Vector:
         """For a client that has none of its own, (h,); empty before anybody has one: the initial head."""
         trained = [name for name in self.devices if name in self.heads]
-        total = np.zeros(self.scenario.start[1].size)
-        for name in trained:
-            total += len(self.scenario.fleet[name].y_train) * self.heads.get(name).astype(np.float64)
-        samples = sum(len(self.scenario.fleet[name].y_train) for name in trained)
-        return (total / samples).astype(np.float32) if trained else NOTHING
+        heads = ((self.heads.get(name), len(self.scenario.fleet[name].y_train)) for name in trained)
+        return mean_head(heads) if trained else NOTHING
 
 
 def _evaluation(outcome: Outcome) -> Evaluation:

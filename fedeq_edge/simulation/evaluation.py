@@ -7,7 +7,7 @@ What settings are chosen by is measured by the same functions on a client from `
 part is a piece of its training data: nothing here can then see the real one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -120,12 +120,15 @@ def trains_at_delivery(method: Method) -> bool:
     return not method.exchange or method.ditto > 0.0 or method.finetune_epochs > 0
 
 
-def mean_head(heads: Mapping[str, Vector], samples: Mapping[str, int]) -> Vector:
-    """The head for a client that has none of its own, (h,): the mean over those that have, weighted by samples."""
-    weights = np.array([samples[name] for name in heads], dtype=np.float64)
-    mean = weights @ np.stack(list(heads.values())) / weights.sum()
-    head: Vector = mean.astype(np.float32)
-    return head
+def mean_head(heads: Iterable[tuple[Vector, int]]) -> Vector:
+    """The head for a client that has none of its own, (h,): the mean of others', each weighted by its samples.
+
+    heads: (head, samples), at least one; one of them is held at a time.
+    """
+    total, samples = np.zeros(1), 0
+    for head, weight in heads:
+        total, samples = total + weight * head.astype(np.float64), samples + weight
+    return (total / samples).astype(np.float32)
 
 
 def features_at(backend: Backend, x: Samples, budgets: Sequence[int]) -> list[Solved]:

@@ -29,6 +29,7 @@ import msgspec
 
 from fedeq_edge import settings
 from fedeq_edge.consensus.methods import METHODS, Method, method
+from fedeq_edge.deq.budget import LARGEST_BUDGET
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.protocol.schedule import Schedule
@@ -71,6 +72,10 @@ class DataTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError(f"data.validation is {self.validation}; give a share above 0 and below 1")
         if self.clients is not None and self.clients < 1:
             raise ConfigError(f"data.clients is {self.clients}; give at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"data.seed is {self.seed}; give a number from 0")
+        if self.file == "digits" and (self.test or self.where or self.classes):
+            raise ConfigError("data.test, data.where and data.classes belong to a file; the digits have no such arrays")
         if isinstance(self.unseen, int) and self.unseen < 0:
             raise ConfigError(f"data.unseen is {self.unseen}; give a number of clients, or their names")
 
@@ -144,8 +149,12 @@ class EvaluationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     target: float | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 0 or any(budget < 1 for budget in self.budgets):
-            raise ConfigError("evaluation.every is at least 0, and evaluation.budgets are values of K from 1")
+        if self.every < 0 or any(not 1 <= budget <= LARGEST_BUDGET for budget in self.budgets):
+            raise ConfigError(
+                f"evaluation.every is at least 0, and evaluation.budgets are values of K from 1 to {LARGEST_BUDGET}"
+            )
+        if self.target is not None and not 0.0 < self.target <= 1.0:
+            raise ConfigError(f"evaluation.target is {self.target}; give an accuracy above 0 and up to 1")
 
 
 class CostTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -193,7 +202,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Variant(msgspec.Struct, frozen=True, kw_only=True):
     """One [[variants]] entry as it is run: choices are (name, experiment) of [tune]'s grid.
 
-    tune_seed, tune_rounds: of the runs that choose; None: as many rounds as the experiment has.
+    tune_seed, tune_rounds: of the runs that choose; None: as many rounds as the experiment has. A given
+    train.alone_rounds stays as it is.
     """
 
     experiment: Experiment
@@ -256,7 +266,9 @@ def parse(tables: Mapping[str, Any], where: str, *, base: Path | None = None) ->
     changes = tables.get("variants", [{}])
     if not isinstance(changes, list) or not all(isinstance(change, Mapping) for change in changes) or not changes:
         raise ConfigError(f"{where}: variants are tables; write [[variants]]")
-    grid = dict(tables.get("tune", {}))
+    grid = tables.get("tune", {})
+    if not isinstance(grid, Mapping):
+        raise ConfigError(f'{where}: tune is {grid!r}; write a table, [tune], with lists such as "train.learning_rate"')
     found = [_variant(common, change, grid, where, base) for change in changes]
     names = [variant.experiment.variant for variant in found]
     if len(set(names)) < len(names):
@@ -275,8 +287,13 @@ def _variant(
     for key, value in (("seed", seed), ("rounds", rounds)):
         if value is not None and (not isinstance(value, int) or value < (key == "rounds")):
             raise ConfigError(f"{where} [tune]: {key} is {value!r}; give a whole number")
+    tried = {key: value for key, value in grid.items() if key not in ("seed", "rounds")}
+    if rounds is not None and (not tried or "train.rounds" in tried):
+        raise ConfigError(
+            f"{where} [tune]: rounds is the length of runs that try other settings; name some, or leave it out"
+        )
     choices = []
-    for values in _grid({key: value for key, value in grid.items() if key not in ("seed", "rounds")}, where):
+    for values in _grid(tried, where):
         label = ", ".join(f"{key} = {value}" for key, value in values.items())
         choices.append((label, _experiment(_merged(tables, _nested(values)), f"{place} [tune]", base)))
     chosen = _experiment(tables, place, base)
@@ -285,7 +302,11 @@ def _variant(
 
 def _experiment(tables: Mapping[str, Any], where: str, base: Path | None) -> Experiment:
     settings.check_keys(tables, Experiment, where)
-    for number, group in enumerate(tables.get("fleet", {}).get("groups", ())):
+    fleet = tables.get("fleet", {})
+    groups = fleet.get("groups", []) if isinstance(fleet, Mapping) else None
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise ConfigError(f"{where}: groups of clients are tables; write [[fleet.groups]]")
+    for number, group in enumerate(groups):
         settings.check_keys(group, Group, f"{where} [fleet.groups {number + 1}]")
     made = settings.convert(tables, Experiment, where)
     if base is None or made.data.file == "digits":

@@ -75,11 +75,11 @@ def constraints_of(spec: Spec) -> tuple[Constraint, ...]:
     return layout.constraints(spec) if isinstance(spec, ModelSpec) else ()
 
 
-def reference_of(spec: Spec, batch: int) -> Calibration:
+def reference_of(spec: Spec, plan: Plan) -> Calibration:
     """Counted seconds of a training step on the reference core."""
     if isinstance(spec, ModelSpec):
-        return cost.counted(spec, batch)
-    return cost.counted_explicit(_explicit().multiplications(spec), batch)
+        return cost.planned(cost.counted(spec, plan.batch), plan)
+    return cost.counted_explicit(_explicit().multiplications(spec), plan.batch)
 
 
 def backend_of(spec: Spec, plan: Plan, name: BackendName) -> Backend:

@@ -12,16 +12,26 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
+from fedeq_edge.consensus.methods import Method
 from fedeq_edge.errors import ConfigError, StateError
+from fedeq_edge.protocol.schedule import Schedule
+from fedeq_edge.simulation.experiment import Experiment
 from fedeq_edge.storage.files import writing
+from fedeq_edge.training.step import Plan
 
 Line = dict[str, Any]
 # NaN and infinity become null; numpy's scalars are no floats to it
 _JSON = msgspec.json.Encoder(enc_hook=float)
+_KINDS: Final[Mapping[str, type[msgspec.Struct]]] = {
+    "experiment": Experiment,
+    "plan": Plan,
+    "method": Method,
+    "schedule": Schedule,
+}
 
 
 class ResultFile:
@@ -84,13 +94,29 @@ def finished(path: Path, header: Mapping[str, Any]) -> bool:
     lines = _lines(path)
     if not lines:
         return False
-    if encoded(lines[0]) != encoded(json.loads(encoded(header))):
-        differing = [key for key in header if json.loads(encoded(header))[key] != lines[0].get(key)]
+    wanted, found = json.loads(identity(header)), json.loads(identity(lines[0]))
+    differing = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
+    if differing:
         raise ConfigError(
-            f"{path} is of another run ({', '.join(differing) or 'another version'} differ); choose another --out, or "
-            "remove it"
+            f"{path} is of another run ({', '.join(differing)} differ); choose another --out, or remove it"
         )
     return bool(lines[-1].get("kind") == "end")
+
+
+def identity(header: Mapping[str, Any]) -> bytes:
+    """What makes a run this run: its header without other runs' seeds; what an older one lacks has its default."""
+    told = json.loads(encoded(header))
+    if isinstance(told.get("experiment"), dict):
+        told["experiment"].pop("seeds", None)
+    completed = {key: _completed(told.get(key), kind) for key, kind in _KINDS.items()}
+    return msgspec.json.encode({**told, **completed}, order="deterministic")
+
+
+def _completed(table: Any, kind: type[msgspec.Struct]) -> Any:
+    try:
+        return msgspec.to_builtins(msgspec.convert(table, kind))
+    except (ConfigError, msgspec.ValidationError):  # of a version that knew other keys
+        return table
 
 
 def _lines(path: Path) -> list[Line]:

@@ -17,7 +17,7 @@ from fedeq_edge.simulation.experiment import DataTable, Experiment, Variant
 from fedeq_edge.simulation.journal import Journal
 from fedeq_edge.simulation.measures import mean, means
 from fedeq_edge.simulation.models import check_installed
-from fedeq_edge.simulation.results import Line, Result, ResultFile, encoded, finished, read
+from fedeq_edge.simulation.results import Line, Result, ResultFile, finished, identity, read
 from fedeq_edge.simulation.scenario import Fleet, Scenario, Setup, data_digest, load_data, prepare
 from fedeq_edge.simulation.workers import Here, Processes, Workers
 from fedeq_edge.storage.files import locked, writing
@@ -58,7 +58,7 @@ class _Data:
         """A run's parts, and the digest of its data."""
         table = setup.experiment.data
         column = table.unseen if isinstance(table.unseen, str) else 0
-        key = msgspec.structs.replace(table, unseen=column, validation=0.5)
+        key = msgspec.structs.replace(table, unseen=column, validation=0.5, flat=False)
         if key not in self.loaded:
             loaded = load_data(table)
             self.loaded[key] = loaded, data_digest(loaded)
@@ -141,6 +141,7 @@ class Runs:
 
     def all(self, workers: Workers, out: Path) -> list[Result]:
         """The results, variant by variant and seed by seed."""
+        self._check_files(out)
         found = []
         for variant in self._variants:
             chosen, tuned = self._tuned(variant, workers, out)
@@ -148,6 +149,17 @@ class Runs:
                 path = path_of(out, chosen.variant, seed)
                 found.append(self._one(_Run(path.stem, Setup(experiment=chosen, seed=seed), path), workers, tuned))
         return found
+
+    def _check_files(self, out: Path) -> None:
+        """Files of other runs are refused now, not after hours; with [tune] what a run will be is not known yet."""
+        for variant in self._variants:
+            if variant.choices:
+                continue
+            for seed in seeds_of(variant.experiment, self._options):
+                path = path_of(out, variant.experiment.variant, seed)
+                if path.exists():
+                    scenario, digest = self._data.scenario(Setup(experiment=variant.experiment, seed=seed))
+                    finished(path, _header(scenario, digest, None))
 
     def _tuned(self, variant: Variant, workers: Workers, out: Path) -> tuple[Experiment, Line | None]:
         """The experiment with the choice that did best on validation parts, and how all of them did."""
@@ -190,9 +202,9 @@ def play(
 ) -> None:
     """The run's file is whole; what an earlier attempt has come to is not computed again."""
     began, cpu = time.monotonic(), time.process_time()
-    identity = b"FDQJ" + hashlib.sha256(encoded(header)).digest()
+    began_as = b"FDQJ" + hashlib.sha256(identity(header)).digest()
     workers.begin(scenario)
-    journal = Journal(workers, path.with_suffix(".journal"), identity)
+    journal = Journal(workers, path.with_suffix(".journal"), began_as)
     file = ResultFile(path, header)
     try:
         lines = _Lines(file, watch)

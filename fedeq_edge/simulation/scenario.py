@@ -103,13 +103,19 @@ def prepare(setup: Setup, fleet: Fleet | None = None) -> Scenario:
     _check_tests(clients)
     seen, unseen = _divided(clients, chosen.data)
     shift, scale = statistics(seen)
-    advised = recommend(summary.shape, summary.classes, shift=shift, scale=scale)
+    if chosen.data.flat:
+        seen, unseen = ({name: flattened(data) for name, data in part.items()} for part in (seen, unseen))
+        if len(shift) > 1:  # every position has its channel's
+            positions = math.prod(summary.shape[1:])
+            shift, scale = (tuple(value for value in part for _ in range(positions)) for part in (shift, scale))
+    shape = (math.prod(summary.shape),) if chosen.data.flat else summary.shape
+    advised = recommend(shape, summary.classes, shift=shift, scale=scale)
     spec, plan = model_of(chosen.model, advised[0]), settings.changed(advised[1], chosen.train, "train")
     reference = _reference(chosen, spec, plan)
     method = method_of(chosen, advised[2])
     schedule = settings.changed(Schedule(min_devices=len(seen), seed=setup.seed), chosen.schedule, "schedule")
     _check_schedule(schedule, plan, len(seen))
-    plan = plan.for_share(schedule.fraction)
+    plan = plan.for_share(schedule.share(len(seen)))
     if setup.tuning:
         seen = {name: _for_tuning(name, data, chosen.data) for name, data in seen.items()}
     scenario = Scenario(
@@ -129,11 +135,6 @@ def prepare(setup: Setup, fleet: Fleet | None = None) -> Scenario:
 
 def load_data(table: DataTable) -> dict[str, ClientData]:
     """The clients by id. Raises DataError where the file cannot be used."""
-    fleet = _loaded(table)
-    return {name: flattened(data) for name, data in fleet.items()} if table.flat else fleet
-
-
-def _loaded(table: DataTable) -> Fleet:
     if table.file == "digits":
         from fedeq_edge.data.digits import digits_fleet  # noqa: PLC0415  # scikit-learn only for this data set
 
@@ -196,7 +197,7 @@ def _divided(fleet: Fleet, table: DataTable) -> tuple[Fleet, Fleet]:
 def _reference(chosen: Experiment, spec: Spec, plan: Plan) -> Calibration:
     given = chosen.cost
     if given is None:
-        return reference_of(spec, plan.batch)
+        return reference_of(spec, plan)
     return Calibration(
         batch=plan.batch, fixed_s=given.fixed_s, evaluation_s=given.evaluation_s, adjoint_s=given.adjoint_s
     )
@@ -227,7 +228,7 @@ def _boards(chosen: Experiment, names: list[str], plan: Plan, reference: Calibra
     """Which client is of which group: by lot, in the proportions that the groups ask for."""
     groups = chosen.fleet.groups
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    made = [_board(group, plan, reference) for group in groups]
+    made = [board_of(group, plan, reference) for group in groups]
     total, ends, boards = math.fsum(group.share for group in groups), 0.0, {}
     begin = 0
     for board in made:
@@ -238,7 +239,8 @@ def _boards(chosen: Experiment, names: list[str], plan: Plan, reference: Calibra
     return boards
 
 
-def _board(group: Group, plan: Plan, reference: Calibration) -> Board:
+def board_of(group: Group, plan: Plan, reference: Calibration) -> Board:
+    """A device of this group. reference: what a step of the model costs on the reference core."""
     profile = load_profile(group.profile) if group.profile else None
     own = settings.changed(plan, {"budgets": group.budgets}, "fleet.groups") if group.budgets else plan
     slowdown = 1.0 if profile is None else 1.0 / profile.relative_speed

@@ -12,9 +12,10 @@ from fedeq_edge.hardware.budget import budget_of
 from fedeq_edge.protocol.state import NOTHING
 from fedeq_edge.simulation import cost
 from fedeq_edge.simulation.evaluation import evaluate
+from fedeq_edge.simulation.experiment import Group
 from fedeq_edge.simulation.jobs import Job, Outcome
 from fedeq_edge.simulation.models import backend_of
-from fedeq_edge.simulation.scenario import Board, Scenario
+from fedeq_edge.simulation.scenario import Board, Scenario, board_of
 from fedeq_edge.training.backend import Backend
 from fedeq_edge.training.learner import Learner
 from fedeq_edge.training.step import LocalTask, Personal, Plan, Vector
@@ -105,9 +106,9 @@ class Site:
         return job.head if job.head.size else self._scenario.start[1]
 
     def _board(self, job: Job) -> Board:
-        """The client's, or for one that takes no part any of the fleet's: time does not count there."""
-        boards = self._scenario.boards
-        return boards.get(job.device) or next(iter(boards.values()))
+        """The client's; one that takes no part belongs to no group, and has the plan as it stands."""
+        scenario = self._scenario
+        return scenario.boards.get(job.device) or board_of(Group(), scenario.plan, scenario.reference)
 
     def _backend(self, plan: Plan) -> Backend:
         """The one for this plan, loaded anew by whoever uses it."""

@@ -33,8 +33,11 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _variant(found: Sequence[Result]) -> dict[str, Any]:
-    budgets = found[0].end["at"]
+    # the K of a slow board may be another one with every seed
+    budgets = [K for K in found[0].end["at"] if all(K in result.end["at"] for result in found)]
     numbers = [{**result.end, **targets.costs(result)} for result in found]
+    if not found[0].header["method"]["exchange"]:  # z is as it began
+        numbers = [{**told, "consensus": None} for told in numbers]
     return {
         "method": found[0].header["method"]["name"],
         "parameters": found[0].header["parameters"],
@@ -43,8 +46,8 @@ def _variant(found: Sequence[Result]) -> dict[str, Any]:
         "files": [str(result.path) for result in found],
         **{key: _spread([told[key] for told in numbers]) for key in (*ACCURACIES, *AMOUNTS)},
         "at": {
-            key: {name: _spread([result.end["at"][key][name] for result in found]) for name in budgets[key]}
-            for key in budgets
+            K: {name: _spread([result.end["at"][K][name] for result in found]) for name in found[0].end["at"][K]}
+            for K in budgets
         },
     }
 

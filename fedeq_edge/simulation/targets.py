@@ -14,10 +14,15 @@ OWN_SHARE: Final = 0.95
 
 
 def costs(result: Result) -> Mapping[str, int | None]:
-    """To evaluation.target, and to `OWN_SHARE` of what the run itself came to; None where it was not reached."""
+    """To evaluation.target, and to `OWN_SHARE` of what the run itself came to; None where it was not reached.
+
+    A method without exchange has neither rounds nor bytes.
+    """
+    names = ("rounds_to_target", "bytes_to_target", "rounds_to_own", "bytes_to_own")
+    if not result.header["method"]["exchange"]:
+        return dict.fromkeys(names)
     target, final = result.header["experiment"]["evaluation"]["target"], result.end["personal"]
     given, own = _first(result, target), _first(result, None if final is None else OWN_SHARE * final)
-    names = ("rounds_to_target", "bytes_to_target", "rounds_to_own", "bytes_to_own")
     return dict(zip(names, (*given, *own), strict=True))
 
 

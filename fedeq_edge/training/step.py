@@ -62,7 +62,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     refit_pull: tau of a prior of variance 1 / tau around the head that a device got, for the head of its personal
     model: with few samples it stays there, with many it has no weight (refit.py); 0: none.
     alone_rounds: how many rounds' steps a model gets that is trained without exchange: that of a method that has none,
-    Ditto's, and what compare_local compares with. None: as many as a device is asked for (`for_share`).
+    Ditto's, and what compare_local compares with. None: as many as a device is asked for on average (`for_share`).
     compare_local: at the end, train alone from the same start with the same number of steps, for comparison.
     """
 
@@ -93,11 +93,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_counts(self)
         _check_amounts(self)
 
-    def for_share(self, fraction: float) -> "Plan":
-        """This plan where a round asks `fraction` of the devices: alone_rounds are a device's own, unless set."""
+    def for_share(self, share: float) -> "Plan":
+        """This plan where a round asks `share` of the devices: alone_rounds are a device's own, unless set."""
         if self.alone_rounds is not None:
             return self
-        return msgspec.structs.replace(self, alone_rounds=max(1, round(self.rounds * fraction)))
+        return msgspec.structs.replace(self, alone_rounds=max(1, round(self.rounds * share)))
 
 
 class LocalTask(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from fedeq_edge import settings
 from fedeq_edge.consensus.methods import METHODS
 from fedeq_edge.consensus.privacy import Privacy
 from fedeq_edge.errors import ConfigError
+from fedeq_edge.gateway import federation_of
 from fedeq_edge.serving.address import Address
 from fedeq_edge.settings import AgentSettings, AggregatorSettings, BrokerSettings
 
@@ -215,6 +216,19 @@ def test_a_method_is_a_preset_with_the_changes_of_the_file(tmp_path: Path) -> No
     assert chosen.resolved_method() == msgspec.structs.replace(METHODS["fedprox"], rho=0.5)
     without = settings.load(written(tmp_path, AGGREGATOR.split("[method]", maxsplit=1)[0]), AggregatorSettings)
     assert without.resolved_method() == METHODS["admm"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "alone"),
+    [({}, 7), ({"fraction": 0.3}, 2), ({"fraction": 0.01}, 1), ({"mode": "async"}, 4)],
+)
+def test_devices_are_told_how_long_a_model_trains_alone(schedule: dict[str, Any], alone: int, tmp_path: Path) -> None:
+    options = {"schedule": schedule}
+    chosen = settings.load(written(tmp_path, AGGREGATOR), AggregatorSettings, options=options)
+    assert federation_of(chosen).plan["alone_rounds"] == alone
+    options["train"] = {"alone_rounds": 5}
+    chosen = settings.load(written(tmp_path, AGGREGATOR), AggregatorSettings, options=options)
+    assert federation_of(chosen).plan["alone_rounds"] == 5
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,8 @@ def test_an_explicit_network_is_alike_at_every_budget() -> None:
 
 
 def test_the_head_of_an_unseen_client_is_the_mean_weighted_by_samples() -> None:
-    heads = {"a": np.array([1.0, 0.0], np.float32), "b": np.array([0.0, 4.0], np.float32)}
-    assert mean_head(heads, {"a": 1, "b": 3}) == pytest.approx(np.array([0.25, 3.0]))
+    heads = [(np.array([1.0, 0.0], np.float32), 1), (np.array([0.0, 4.0], np.float32), 3)]
+    assert mean_head(heads) == pytest.approx(np.array([0.25, 3.0]))
 
 
 def test_a_client_without_test_samples_is_named() -> None:

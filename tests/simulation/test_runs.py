@@ -4,13 +4,16 @@ import json
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedeq_edge.errors import ConfigError, StateError
 from fedeq_edge.simulation import run
+from fedeq_edge.simulation.collect import collect
 from fedeq_edge.simulation.experiment import Variant, parse
 from fedeq_edge.simulation.jobs import Job, Outcome
 from fedeq_edge.simulation.results import read
@@ -171,6 +174,100 @@ def test_a_summary_has_mean_and_spread(tmp_path: Path) -> None:
     assert variant["personal"]["mean"] == pytest.approx(sum(ends) / 2)
     assert variant["personal"]["sd"] == pytest.approx(abs(ends[0] - ends[1]) / 2**0.5)
     assert variant["seeds"] == [0, 1]
+
+
+def test_results_of_boards_whose_budget_differs_by_seed_have_a_summary(whole: Path) -> None:
+    result = read(whole)
+    other = replace(result, lines=[*result.lines[:-1], {**result.end, "at": {"3": result.end["at"]["3"]}}])
+    (variant,) = summarise([result, other])["variants"].values()
+    assert set(variant["at"]) == {"3"}
+
+
+def test_a_model_that_nobody_shares_has_no_consensus_in_the_summary(tmp_path: Path) -> None:
+    result = read(play(tmp_path, method={"preset": "local"}, train={"rounds": 1, "epochs": 1, "budgets": [2]}))
+    (variant,) = summarise([result])["variants"].values()
+    assert variant["consensus"]["mean"] is None
+    assert variant["personal"]["mean"] == result.end["personal"]
+
+
+def test_another_seed_or_a_setting_that_is_new_since_leaves_a_finished_run_as_it_is(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *rest = whole.read_text().splitlines()
+    header = json.loads(first)
+    del header["experiment"]["data"]["flat"], header["plan"]["unrolled"]
+    older = "\n".join([json.dumps(header), *rest, ""])
+    (tmp_path / whole.name).write_text(older)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "play", None)
+        assert (play(tmp_path)).read_text() == older
+    results = run.run(variants(seeds=[0, 1]), run.Options(workers=1, out=tmp_path), Nobody())
+    assert [result.header["seed"] for result in results] == [0, 1]
+    assert results[0].path.read_text() == older
+
+
+def test_a_file_of_another_run_is_refused_before_the_first_run(whole: Path, tmp_path: Path) -> None:
+    names = [{"name": "first"}, {"name": "second"}]
+    (tmp_path / "second-seed0.jsonl").write_bytes(whole.read_bytes())
+    with pytest.raises(ConfigError, match=r"second-seed0\.jsonl is of another run"):
+        run.run(variants(variants=names), run.Options(workers=1, out=tmp_path), Nobody())
+    assert not (tmp_path / "first-seed0.jsonl").exists()
+
+
+def test_runs_that_were_resolved_into_other_settings_do_not_stand_in_one_mean(whole: Path, tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        first, *rest = whole.read_text().splitlines()
+        header = json.loads(first)
+        header["plan"]["momentum"] = 0.0 if seed == 1 else header["plan"]["momentum"]
+        path = tmp_path / f"base-seed{seed}.jsonl"
+        path.write_text("\n".join([json.dumps({**header, "seed": seed}), *rest, ""]))
+        os.utime(path, (seed, seed))
+    found = collect(variants(), run.Options(seeds=3, out=tmp_path))
+    assert [result.header["seed"] for result in found.results] == [0, 2]
+    assert [(one.seed, one.reason) for one in found.missing] == [(1, "its settings are not those of the newest run")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "alone"),
+    [
+        ({"schedule": {"fraction": 0.7}}, 8),  # two of three
+        ({"schedule": {"fraction": 0.01}}, 4),  # one, at the least
+        ({"schedule": {"mode": "async", "buffer": 2}}, 8),
+        ({"train": {"rounds": 12, "alone_rounds": 5}}, 5),
+    ],
+)
+def test_a_model_alone_trains_as_often_as_a_client_is_asked(changes: dict[str, Any], alone: int) -> None:
+    changed = {"train": {"rounds": 12, "budgets": [2]}, **changes}
+    made = prepare(Setup(experiment=variants(**changed)[0].experiment, seed=0))
+    assert {made.plan.alone_rounds, *(board.plan.alone_rounds for board in made.boards.values())} == {alone}
+
+
+def test_vectors_are_normalised_as_the_channels_that_they_were(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = (np.array([0.0, 1000.0])[None, :, None] + rng.normal(size=(40, 2, 3))).astype(np.float32)
+    np.savez(tmp_path / "two.npz", x=x, y=np.arange(40) % 2, client=np.arange(40) // 20)
+    chosen = parse({"name": "t", "data": {"file": str(tmp_path / "two.npz"), "flat": True}}, "t")[0].experiment
+    spec = prepare(Setup(experiment=chosen, seed=0)).spec
+    assert spec.shift == pytest.approx((0.0, 0.0, 0.0, 1000.0, 1000.0, 1000.0), abs=1.0)
+    assert spec.scale == pytest.approx((1.0,) * 6, abs=0.3)
+
+
+def test_what_a_plan_differentiates_beyond_one_evaluation_takes_its_time() -> None:
+    plain, unrolled, penalised = (
+        prepare(Setup(experiment=variants(train={"budgets": [2], **more})[0].experiment, seed=0)).reference
+        for more in ({}, {"unrolled": 3}, {"jacobian_penalty": 0.1})
+    )
+    assert unrolled.fixed_s == pytest.approx(plain.fixed_s + 4.0 * plain.evaluation_s)
+    assert (unrolled.adjoint_s, penalised.adjoint_s) == (0.0, plain.adjoint_s)
+    assert penalised.fixed_s > plain.fixed_s + 3.0 * plain.evaluation_s
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"train": {"rounds": 2, "learning_rate": 1e30, "budgets": [2]}}, {"model": {"classes": 5}}]
+)
+def test_a_fleet_that_cannot_train_ends_and_says_why(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"no client can do its work; the last, device-\d: \S"):
+        play(tmp_path, **wrong)
 
 
 # Workers

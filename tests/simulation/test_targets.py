@@ -7,11 +7,15 @@ from fedeq_edge.simulation.results import Result
 from fedeq_edge.simulation.targets import costs
 
 
-def result(*, target: float | None, final: float | None = 0.8) -> Result:
+def result(*, target: float | None, final: float | None = 0.8, exchange: bool = True) -> Result:
     """Four rounds of 10 bytes up and 20 down, the first of 100 more, evaluated after the second and the fourth."""
     rounds = [{"kind": "round", "round": n, "bytes_up": 10, "bytes_down": 120 if n == 1 else 20} for n in range(1, 5)]
     seen = [{"kind": "evaluation", "round": 2, "personal": 0.7}, {"kind": "evaluation", "round": 4, "personal": 0.78}]
-    header: dict[str, Any] = {"kind": "header", "experiment": {"evaluation": {"target": target}}}
+    header: dict[str, Any] = {
+        "kind": "header",
+        "experiment": {"evaluation": {"target": target}},
+        "method": {"exchange": exchange},
+    }
     end = {"kind": "end", "rounds": 4, "personal": final}
     return Result(Path("run.jsonl"), [header, rounds[0], rounds[1], seen[0], rounds[2], rounds[3], seen[1], end])
 
@@ -44,3 +48,7 @@ def test_a_run_that_ends_without_an_accuracy_has_no_end_of_its_own_to_come_near(
         "rounds_to_own": None,
         "bytes_to_own": None,
     }
+
+
+def test_a_method_without_exchange_has_neither_rounds_nor_bytes() -> None:
+    assert set(costs(result(target=0.7, exchange=False)).values()) == {None}
