@@ -9,7 +9,7 @@ import msgspec
 
 from fedeq_edge.errors import StateError
 from fedeq_edge.simulation.experiment import Experiment, Variant
-from fedeq_edge.simulation.results import Result, read
+from fedeq_edge.simulation.results import Result, completed, read
 from fedeq_edge.simulation.run import Options, out_of, path_of, portable, seeds_of, tuning_path
 
 Reason = Literal[
@@ -47,7 +47,9 @@ def collect(variants: Sequence[Variant], options: Options) -> Collected:
     for variant in variants:
         name = variant.experiment.variant
         candidates = [experiment for _, experiment in variant.choices] or [variant.experiment]
-        runs = {seed: _found(path_of(out, name, seed), candidates) for seed in seeds_of(variant.experiment, options)}
+        runs: dict[int, Result | Reason] = {
+            seed: _found(path_of(out, name, seed), candidates) for seed in seeds_of(variant.experiment, options)
+        }
         for seed, result in _alike(runs).items():
             if isinstance(result, Result):
                 found.results.append(result)
@@ -75,7 +77,8 @@ def _alike(runs: Mapping[int, Result | Reason]) -> dict[int, Result | Reason]:
 
 def _resolved(result: Result) -> tuple[object, ...]:
     """What all seeds of a variant have in common: with [tune], whichever choice each of them was given."""
-    return tuple(result.header[key] for key in ("model", "plan", "method"))
+    header = completed(result.header)
+    return tuple(header[key] for key in ("model", "plan", "method"))
 
 
 def _found(path: Path, candidates: Sequence[Experiment]) -> Result | Reason:
@@ -85,16 +88,18 @@ def _found(path: Path, candidates: Sequence[Experiment]) -> Result | Reason:
         result = read(path)
     except StateError:
         return "not finished"
-    return (
-        result
-        if _experiment_of(result) in [portable(one) for one in candidates]
-        else "its file is of another experiment"
-    )
+    wanted = [_unseeded(portable(one)) for one in candidates]
+    return result if _experiment_of(result) in wanted else "its file is of another experiment"
+
+
+def _unseeded(experiment: Experiment) -> Experiment:
+    """Without the seeds of other runs."""
+    return msgspec.structs.replace(experiment, seeds=(0,))
 
 
 def _experiment_of(result: Result) -> Experiment | None:
     """As its header has it; what an older file does not say has its default."""
     try:
-        return msgspec.convert(result.header["experiment"], Experiment)
+        return _unseeded(msgspec.convert(result.header["experiment"], Experiment))
     except (KeyError, msgspec.ValidationError):
         return None

@@ -14,7 +14,7 @@ import msgspec
 from fedeq_edge.deq.layout import Layout, head_layout, theta_layout
 from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.hardware.budget import step_seconds
-from fedeq_edge.training.backend import AnytimeBackend, Backend, Descent, Labels, Matrix, Measured, Pull, Samples
+from fedeq_edge.training.backend import Backend, Descent, Labels, Matrix, Measured, Pull, Samples, solve_each
 from fedeq_edge.training.step import Budget, Calibration, Plan, Vector
 
 # Multiply-adds a second of the reference core at fp32 convolutions of this kind, and what an evaluation costs besides:
@@ -110,9 +110,7 @@ class Timed:
 
     def solve_each(self, x: Samples, budgets: Sequence[int]) -> list[tuple[Matrix, Vector]]:
         """The same at each of these K; what measures accuracy takes no time, as a board would not do it."""
-        if isinstance(self._backend, AnytimeBackend):
-            return self._backend.solve_each(x, budgets)
-        return [self._backend.solve(x, K) for K in budgets]
+        return solve_each(self._backend, x, budgets)
 
     def took(self, budget: Budget) -> None:
         """A training step with this budget is over."""

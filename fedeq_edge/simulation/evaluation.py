@@ -15,7 +15,7 @@ import numpy as np
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.consensus.quality import score
 from fedeq_edge.errors import ConfigError
-from fedeq_edge.training.backend import AnytimeBackend, Backend, Labels, Matrix, Samples
+from fedeq_edge.training.backend import Backend, Labels, Matrix, Samples, solve_each
 from fedeq_edge.training.learner import EVALUATION_BATCH, Learner, Subject
 from fedeq_edge.training.neighbours import Neighbours, hits, mixed
 from fedeq_edge.training.refit import accuracy, chances, cross_entropy, fit_head
@@ -136,17 +136,11 @@ def features_at(backend: Backend, x: Samples, budgets: Sequence[int]) -> list[So
 
     One walk to the largest K where the backend can (`AnytimeBackend`), a solve for each K elsewhere.
     """
-    parts = [_solved(backend, x[at : at + EVALUATION_BATCH], budgets) for at in range(0, len(x), EVALUATION_BATCH)]
+    parts = [solve_each(backend, x[at : at + EVALUATION_BATCH], budgets) for at in range(0, len(x), EVALUATION_BATCH)]
     return [
         (np.concatenate([features for features, _ in found]), np.concatenate([residual for _, residual in found]))
         for found in zip(*parts, strict=True)
     ]
-
-
-def _solved(backend: Backend, x: Samples, budgets: Sequence[int]) -> list[Solved]:
-    if isinstance(backend, AnytimeBackend):
-        return backend.solve_each(x, budgets)
-    return [backend.solve(x, K) for K in budgets]
 
 
 def _round(learner: Learner, task: LocalTask) -> tuple[LocalResult, tuple[Vector, Vector]]:

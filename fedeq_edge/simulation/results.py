@@ -104,12 +104,17 @@ def finished(path: Path, header: Mapping[str, Any]) -> bool:
 
 
 def identity(header: Mapping[str, Any]) -> bytes:
-    """What makes a run this run: its header without other runs' seeds; what an older one lacks has its default."""
-    told = json.loads(encoded(header))
-    if isinstance(told.get("experiment"), dict):
+    """What makes a run this run: its header without other runs' seeds."""
+    told = completed(header)
+    if isinstance(told["experiment"], dict):
         told["experiment"].pop("seeds", None)
-    completed = {key: _completed(told.get(key), kind) for key, kind in _KINDS.items()}
-    return msgspec.json.encode({**told, **completed}, order="deterministic")
+    return msgspec.json.encode(told, order="deterministic")
+
+
+def completed(header: Mapping[str, Any]) -> Line:
+    """A header where settings that an older version did not know have their defaults."""
+    told = json.loads(encoded(header))
+    return {**told, **{key: _completed(told.get(key), kind) for key, kind in _KINDS.items()}}
 
 
 def _completed(table: Any, kind: type[msgspec.Struct]) -> Any:

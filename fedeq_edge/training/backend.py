@@ -116,3 +116,10 @@ class AnytimeBackend(Backend, Protocol):
     def solve_each(self, x: Samples, budgets: Sequence[int]) -> list[tuple[Matrix, Vector]]:
         """What `solve` gives at each of these K >= 1, at the price of the largest."""
         ...
+
+
+def solve_each(backend: Backend, x: Samples, budgets: Sequence[int]) -> list[tuple[Matrix, Vector]]:
+    """What `backend.solve` gives at each of these K: in one walk where it can."""
+    if isinstance(backend, AnytimeBackend):
+        return backend.solve_each(x, budgets)
+    return [backend.solve(x, K) for K in budgets]

@@ -204,6 +204,8 @@ def test_another_seed_or_a_setting_that_is_new_since_leaves_a_finished_run_as_it
     results = run.run(variants(seeds=[0, 1]), run.Options(workers=1, out=tmp_path), Nobody())
     assert [result.header["seed"] for result in results] == [0, 1]
     assert results[0].path.read_text() == older
+    found = collect(variants(seeds=[0, 1]), run.Options(out=tmp_path))
+    assert ([result.header["seed"] for result in found.results], found.missing) == ([0, 1], [])
 
 
 def test_a_file_of_another_run_is_refused_before_the_first_run(whole: Path, tmp_path: Path) -> None:
