@@ -187,7 +187,7 @@ def _check_dense(spec: ModelSpec) -> None:
     if spec.cell == "residual":
         raise ConfigError(
             f'model: cell "residual" convolves, but input_shape {spec.input_shape} is dense; use cell = "contractive", '
-            f"or give samples of shape (1, {spec.input_shape[0]}), or as they are, without data.flat"
+            f"or give samples of shape (1, {spec.input_shape[0]})"
         )
     if spec.stem_width is not None or spec.pool != 1:
         raise ConfigError(
