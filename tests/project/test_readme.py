@@ -10,9 +10,11 @@ import pytest
 import typer.main
 
 from fedeq_edge.cli import command_line
+from fedeq_edge.simulation.experiment import studies
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+MEASURED = ROOT / "fedeq_edge" / "simulation" / "studies.md"
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -56,6 +58,20 @@ def test_nothing_in_the_readme_waits_to_be_filled_in() -> None:
     assert "<!--" not in README
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_a_link_leads_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize("document", [ROOT / "README.md", MEASURED], ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    links = set(re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", document.read_text()))
+    assert links
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", studies())
+def test_what_a_study_measured_is_told(name: str) -> None:
+    assert f"`{name}`" in MEASURED.read_text()
+
+
+def test_a_study_that_is_told_of_ships() -> None:
+    told = {
+        name for line in MEASURED.read_text().splitlines() if line.startswith("## ") for name in line.split("`")[1::2]
+    }
+    assert told <= set(studies())

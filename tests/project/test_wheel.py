@@ -48,6 +48,9 @@ def test_what_users_make_of_it_stays_at_home(wheel: zipfile.ZipFile) -> None:
 
 
 def test_types_and_templates_travel_too(wheel: zipfile.ZipFile) -> None:
-    assert {"fedeq_edge/py.typed", "fedeq_edge/templates/report.html.jinja", "fedeq_edge/algorithm.md"} <= set(
-        wheel.namelist()
-    )
+    assert {
+        "fedeq_edge/py.typed",
+        "fedeq_edge/templates/report.html.jinja",
+        "fedeq_edge/algorithm.md",
+        "fedeq_edge/simulation/studies.md",
+    } <= set(wheel.namelist())
