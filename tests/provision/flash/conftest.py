@@ -112,11 +112,15 @@ def cards(memory: Path) -> CardMaker:
 
 
 @pytest.fixture
-def make_card(memory: Path, cards: CardMaker) -> Iterator[CardMaker]:
+def card_tools() -> None:
+    """What makes cards and writes them is installed, or the test is skipped."""
     missing = [tool for tool in ("sfdisk", "mcopy", "mformat", "debugfs", "mke2fs") if not shutil.which(tool)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: fdisk mtools e2fsprogs)")
 
+
+@pytest.fixture
+def make_card(memory: Path, cards: CardMaker, card_tools: None) -> Iterator[CardMaker]:
     with tempfile.TemporaryDirectory(dir=memory) as folder:
 
         def make(*, cloud: bool = True, raspberry: bool = True, mark: str = "", machine: int = 183) -> Card:

@@ -182,6 +182,7 @@ def test_a_card_that_is_too_small_is_refused_before_it_is_written(
     assert card.path.read_bytes() == before
 
 
+@pytest.mark.usefixtures("card_tools")
 def test_a_file_that_is_no_card_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(ProvisionError) as caught:
