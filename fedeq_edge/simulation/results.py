@@ -94,7 +94,7 @@ def finished(path: Path, header: Mapping[str, Any]) -> bool:
     lines = _lines(path)
     if not lines:
         return False
-    wanted, found = json.loads(identity(header)), json.loads(identity(lines[0]))
+    wanted, found = _identifying(header), _identifying(lines[0])
     differing = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
     if differing:
         raise ConfigError(
@@ -105,16 +105,20 @@ def finished(path: Path, header: Mapping[str, Any]) -> bool:
 
 def identity(header: Mapping[str, Any]) -> bytes:
     """What makes a run this run: its header without other runs' seeds."""
-    told = completed(header)
-    if isinstance(told["experiment"], dict):
-        told["experiment"].pop("seeds", None)
-    return msgspec.json.encode(told, order="deterministic")
+    return msgspec.json.encode(_identifying(header), order="deterministic")
 
 
 def completed(header: Mapping[str, Any]) -> Line:
     """A header where settings that an older version did not know have their defaults."""
     told = json.loads(encoded(header))
     return {**told, **{key: _completed(told.get(key), kind) for key, kind in _KINDS.items()}}
+
+
+def _identifying(header: Mapping[str, Any]) -> Line:
+    told = completed(header)
+    if isinstance(told["experiment"], dict):
+        told["experiment"].pop("seeds", None)
+    return told
 
 
 def _completed(table: Any, kind: type[msgspec.Struct]) -> Any:

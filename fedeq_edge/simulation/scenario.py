@@ -100,15 +100,14 @@ def prepare(setup: Setup, fleet: Fleet | None = None) -> Scenario:
     chosen = setup.experiment
     clients = load_data(chosen.data) if fleet is None else fleet
     summary = describe(clients)
+    shape = summary.shape
     _check_tests(clients)
     seen, unseen = _divided(clients, chosen.data)
     shift, scale = statistics(seen)
     if chosen.data.flat:
         seen, unseen = ({name: flattened(data) for name, data in part.items()} for part in (seen, unseen))
-        if len(shift) > 1:  # every position has its channel's
-            positions = math.prod(summary.shape[1:])
-            shift, scale = (tuple(value for value in part for _ in range(positions)) for part in (shift, scale))
-    shape = (math.prod(summary.shape),) if chosen.data.flat else summary.shape
+        shift, scale = (_by_position(values, shape) for values in (shift, scale))
+        shape = (math.prod(shape),)
     advised = recommend(shape, summary.classes, shift=shift, scale=scale)
     spec, plan = model_of(chosen.model, advised[0]), settings.changed(advised[1], chosen.train, "train")
     reference = _reference(chosen, spec, plan)
@@ -192,6 +191,11 @@ def _divided(fleet: Fleet, table: DataTable) -> tuple[Fleet, Fleet]:
     if len(held) >= len(names):
         raise ConfigError(f"data.unseen keeps all {len(names)} clients out of training; leave at least one")
     return {n: d for n, d in fleet.items() if n not in held}, {n: d for n, d in fleet.items() if n in held}
+
+
+def _by_position(values: tuple[float, ...], shape: tuple[int, ...]) -> tuple[float, ...]:
+    """Each channel's value for every position of a sample that is laid out as a vector; one for all stays one."""
+    return values if len(values) == 1 else tuple(np.repeat(values, math.prod(shape[1:])).tolist())
 
 
 def _reference(chosen: Experiment, spec: Spec, plan: Plan) -> Calibration:

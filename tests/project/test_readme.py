@@ -10,7 +10,7 @@ import pytest
 import typer.main
 
 from fedeq_edge.cli import command_line
-from fedeq_edge.simulation.experiment import studies
+from fedeq_edge.simulation.experiment import studies, study_text
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -30,9 +30,13 @@ COMMANDS = dict(commands(typer.main.get_command(command_line())))
 
 
 def shown_lines() -> list[str]:
-    """Lines of the README that a user would type."""
+    """Lines of the README, and of the studies' files, that a user would type."""
+    studied = [line for name in studies() for line in study_text(name).splitlines()]
     return [
-        line.strip().partition("#")[0].strip() for line in README.splitlines() if re.match(r" {4}(fedeq|make) ", line)
+        command.strip()
+        for line in (*README.splitlines(), *studied)
+        if re.match(r"( {4}|# )(fedeq|make) ", line)
+        for command in line.removeprefix("# ").partition("#")[0].split("&&")
     ]
 
 
@@ -41,7 +45,7 @@ def test_every_command_is_in_the_readme(name: str) -> None:
     assert f"`fedeq {name}`" in README
 
 
-@pytest.mark.parametrize("line", [line for line in shown_lines() if line.startswith("fedeq")])
+@pytest.mark.parametrize("line", sorted({line for line in shown_lines() if line.startswith("fedeq")}))
 def test_a_shown_command_exists_with_its_options(line: str) -> None:
     words = shlex.split(line)[1:]
     name = next(name for name in COMMANDS if " ".join(words).startswith(name))
