@@ -166,7 +166,7 @@ class AggregatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     def plan(self) -> Plan:
         """[train] as devices get it. How many they are is known to nobody yet: enough that a round asks for one."""
         fewest = max(self.schedule.min_devices, round(1.0 / self.schedule.fraction))
-        return self.train.for_share(self.schedule.share(fewest))
+        return self.train.for_model(self.model).for_share(self.schedule.share(fewest))
 
     def resolved_method(self) -> Method:
         """The preset with the file's changes. Raises ConfigError on an unknown preset or field."""

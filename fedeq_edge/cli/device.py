@@ -81,7 +81,8 @@ def update_loop(
 
 def _measure(path: Path, compute_s: float, steps: int, accuracy: float | None, backend: BackendName) -> dict[str, Any]:
     """Calibration of the model in `path` here, the budget that follows from it, and what is proven of its answers."""
-    model, plan = modelfile.read(path), Plan(compute_s=compute_s)
+    model = modelfile.read(path)
+    plan = Plan(compute_s=compute_s).for_model(model.spec)
     calibration = calibrate_model(open_backend(backend, model.spec, plan), plan)
     allowance = choose(
         calibration, steps=steps, compute_s=compute_s, menu=plan.budgets, adjoint_ratio=plan.adjoint_ratio

@@ -121,6 +121,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return (self.channels, *lengths)
 
     @property
+    def widest_bytes(self) -> int:
+        """Bytes of the widest float32 tensor that a convolution or cell computes of one sample."""
+        lengths, widest = self.input_shape[1:], max(self.channels, self.inner) * prod(self.state_shape[1:])
+        for stage in self.stem_stages:
+            lengths = tuple(stage.length(length) for length in lengths)
+            widest = max(widest, stage.outputs * prod(lengths))
+        return 4 * widest
+
+    @property
     def pool_windows(self) -> tuple[tuple[int, int], ...]:
         """(kernel, stride) of the average pooling per spatial dimension: exactly `pool` windows that cover every state.
 

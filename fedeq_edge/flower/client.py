@@ -158,7 +158,7 @@ class _Client:
     def _learner(self, context: Context, memory: Memory) -> tuple[Learner, Calibration]:
         """This node's learner, and what a step costs here: given, remembered, or measured once in this process."""
         chosen = self.chosen
-        host = _opened(self.backend, chosen.model, chosen.train)
+        host = _opened(self.backend, chosen.model, chosen.plan)
         known = self.calibration or memory.calibration or host.calibration
         learner = Learner(
             host.backend,
@@ -181,7 +181,7 @@ class _Client:
             run=run_name(self.chosen),
             round=task.round - 1,
             device=device_name(context),
-            solver=_opened(self.backend, self.chosen.model, self.chosen.train).backend.solver,
+            solver=_opened(self.backend, self.chosen.model, self.chosen.plan).backend.solver,
         )
 
 

@@ -17,6 +17,7 @@ from fedeq_edge import settings
 from fedeq_edge.consensus.methods import Method
 from fedeq_edge.data.npz import ClientData, column_names, describe, flattened, load_fleet
 from fedeq_edge.demo.source import device_ids, statistics
+from fedeq_edge.deq.spec import ModelSpec
 from fedeq_edge.errors import ConfigError, DataError
 from fedeq_edge.hardware.profiles import load_profile
 from fedeq_edge.protocol.federation import Federation
@@ -115,6 +116,8 @@ def prepare(setup: Setup, fleet: Fleet | None = None) -> Scenario:
     schedule = settings.changed(Schedule(min_devices=len(seen), seed=setup.seed), chosen.schedule, "schedule")
     _check_schedule(schedule, plan, len(seen))
     plan = plan.for_share(schedule.share(len(seen)))
+    if isinstance(spec, ModelSpec):
+        plan = plan.for_model(spec)
     if setup.tuning:
         seen = {name: _for_tuning(name, data, chosen.data) for name, data in seen.items()}
     scenario = Scenario(

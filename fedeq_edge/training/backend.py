@@ -47,10 +47,11 @@ class Measured:
     budget: Budget
 
 
-def micro_batches(batch: int, most: int) -> list[slice]:
-    """The parts of a batch of so many samples that are differentiated at once: `most` in each, all where that is 0.
+def micro_batches(batch: int, most: int | None) -> list[slice]:
+    """The parts of a batch of so many samples that are differentiated at once.
 
-    As even as they can be: a part of one or two samples would cost as much as one of ten.
+    `most` in each, all in one where that is 0 or None. As even as they can be: a part of one or two samples would cost
+    as much as one of ten.
     """
     parts = -(-batch // most) if most else 1
     bounds = [batch * part // parts for part in range(parts + 1)]

@@ -51,13 +51,14 @@ REFERENCE: Final = "ResNet-34 of the paper"
 class Case:
     """A model and the library that trains it. goal: the largest share of the reference's memory that counts.
 
-    microbatch: samples differentiated at once, of the batch (`Plan.microbatch`). explicit: the same parameters as an
-    explicit network, K = 1, so of equal payload.
+    microbatch: samples differentiated at once, of the batch; 0: all, None: as the plan has it by default for an
+    equilibrium model (`Plan.for_model`). explicit: the same parameters as an explicit network, K = 1, so of equal
+    payload.
     """
 
     spec: ModelSpec | ExplicitSpec
     library: Literal["torch", "onnx"] = "torch"
-    microbatch: int = 0
+    microbatch: int | None = None
     explicit: bool = False
     goal: float | None = None
 
@@ -75,13 +76,9 @@ CASES: Final = {
     "DEQ, recommended, onnx": Case(spec=_COMPACT, library="onnx", goal=GOAL),
     "K = 1, recommended, torch": Case(spec=_COMPACT, explicit=True),
     "ResNet-34 of the paper, 8 at once": Case(spec=NETWORKS["resnet34-cifar"](SHAPE, CLASSES), microbatch=8),
-    "DEQ, published M, torch, 8 at once": Case(spec=published(SHAPE, CLASSES, "M"), microbatch=8, goal=GOAL),
-    "DEQ, published M, torch, 2 at once": Case(spec=published(SHAPE, CLASSES, "M"), microbatch=2, goal=GOAL),
-    "DEQ, published S, torch, 8 at once": Case(spec=published(SHAPE, CLASSES, "S"), microbatch=8, goal=GOAL),
-    "DEQ, published S, onnx, 8 at once": Case(
-        spec=published(SHAPE, CLASSES, "S"), library="onnx", microbatch=8, goal=GOAL
-    ),
-    "DEQ, recommended, onnx, 8 at once": Case(spec=_COMPACT, library="onnx", microbatch=8, goal=GOAL),
+    "DEQ, published M, torch, whole": Case(spec=published(SHAPE, CLASSES, "M"), microbatch=0),
+    "DEQ, published S, torch, whole": Case(spec=published(SHAPE, CLASSES, "S"), microbatch=0),
+    "DEQ, published S, onnx, whole": Case(spec=published(SHAPE, CLASSES, "S"), library="onnx", microbatch=0),
 }
 
 
@@ -100,6 +97,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 def backend_of(case: Case, graph: bytes) -> Backend:
     """The model behind its library, on one thread."""
     plan = Plan(batch=BATCH, microbatch=case.microbatch, unrolled=int(case.explicit))
+    if isinstance(case.spec, ModelSpec):
+        plan = plan.for_model(case.spec)
     if case.library == "onnx":
         from fedeq_edge.onnx.backend import OnnxBackend  # noqa: PLC0415  # a process of torch must not load it
 

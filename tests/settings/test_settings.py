@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from fedeq_edge import settings
 from fedeq_edge.consensus.methods import METHODS
 from fedeq_edge.consensus.privacy import Privacy
+from fedeq_edge.deq.spec import published
 from fedeq_edge.errors import ConfigError
 from fedeq_edge.gateway import federation_of
 from fedeq_edge.serving.address import Address
@@ -229,6 +230,12 @@ def test_devices_are_told_how_long_a_model_trains_alone(schedule: dict[str, Any]
     options["train"] = {"alone_rounds": 5}
     chosen = settings.load(written(tmp_path, AGGREGATOR), AggregatorSettings, options=options)
     assert federation_of(chosen).plan["alone_rounds"] == 5
+
+
+@pytest.mark.parametrize(("size", "most"), [("S", 8), ("M", 4)])
+def test_devices_are_told_how_many_samples_to_differentiate_at_once(size: Literal["S", "M"], most: int) -> None:
+    model = published((3, 32, 32), 10, size)
+    assert federation_of(AggregatorSettings(federation="plant", model=model)).plan["microbatch"] == most
 
 
 @pytest.mark.parametrize(
