@@ -125,7 +125,7 @@ class Learner:
         return self._result(task, measured, reduced, consensus_accuracy, self._clock() - began)
 
     def personalise(self, z: Vector, head: Vector) -> Personal:
-        """The personal model of this device: theta of z (or Ditto's theta near it), with the head refitted.
+        """The personal model of this device: theta of z (or Ditto's theta near it), the head refitted where that helps.
 
         A method without exchange has made no consensus: then the model is trained alone, from z as it began. One that
         fine-tunes trains body and head from z, and nothing is refitted after that.
@@ -293,7 +293,7 @@ class Learner:
 
     # ---- heads and evaluation ------------------------------------------------------------------------------
 
-    def _refit(self, forward: int, *, pull: float) -> None:
+    def _refit(self, forward: int, *, pull: float | None) -> None:
         """The model's head is fitted to the training data as K = `forward` evaluations see it, from the head it had.
 
         pull: as of `fit_head`.

@@ -4,17 +4,24 @@ The features of a fixed theta cost one solve per sample; each step after that is
 A head is flat, (h,) float32: weight (classes, features) in C order, then bias (classes,).
 """
 
+import math
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fedeq_edge.training.step import Vector
 
 Matrix = NDArray[np.float32]
+Labels = NDArray[np.int64]
 
 # Adam's usual memories (Kingma and Ba, ICLR 2015).
 FIRST_MOMENT, SECOND_MOMENT, SMALLEST = 0.9, 0.999, 1e-8
 # Separable classes have no finite optimum: a little decay keeps a long refit from growing the head without end.
 DECAY = 1e-4
+PULLS: Final = (100.0, 10.0, 1.0, 0.1)
+FOLDS: Final = 3
+_SCORES: Final = 1 << 21  # numbers that may lie in memory at a time, a few times over
 
 
 def logits(features: Matrix, head: Vector) -> Matrix:
@@ -24,7 +31,7 @@ def logits(features: Matrix, head: Vector) -> Matrix:
     return scores
 
 
-def cross_entropy(features: Matrix, labels: NDArray[np.int64], head: Vector) -> float:
+def cross_entropy(features: Matrix, labels: Labels, head: Vector) -> float:
     """Mean negative log-likelihood of labels (n,), in nats."""
     likely = chances(features, head)
     return float(-np.log(np.maximum(likely[np.arange(len(labels)), labels], np.finfo(np.float32).tiny)).mean())
@@ -35,29 +42,97 @@ def chances(features: Matrix, head: Vector) -> Matrix:
     return _softmax(logits(features, head))
 
 
-def accuracy(features: Matrix, labels: NDArray[np.int64], head: Vector) -> float:
+def accuracy(features: Matrix, labels: Labels, head: Vector) -> float:
     """Share of labels (n,) that are hit, NaN for n = 0."""
     return float((logits(features, head).argmax(axis=1) == labels).mean()) if len(labels) else float("nan")
 
 
 def fit_head(
-    features: Matrix, labels: NDArray[np.int64], head: Vector, *, steps: int, rate: float, pull: float = 0.0
+    features: Matrix, labels: Labels, head: Vector, *, steps: int, rate: float, pull: float | None = 0.0
 ) -> Vector:
     """A head fitted to features (n, f) and labels (n,) by `steps` full-batch Adam steps of size `rate` from `head`.
 
     pull: tau >= 0 of a term tau / (2 n) |fitted - head|^2, that is of a normal prior of variance 1 / tau around `head`:
-    few samples leave it where it was, many have their way.
+    few samples leave it where it was, many have their way. None: chosen for these samples (`best_pull`).
     Classes that the device never saw lose their bias, which is how its label prior enters. `head` is not changed.
     """
-    fitted = head.copy()
+    if pull is None:
+        pull = best_pull(features, labels, head, steps=steps, rate=rate)
+    if math.isinf(pull):
+        return head.copy()
+    everyone = np.ones((1, len(labels)), np.float32)
+    fitted: Vector = _fit(features, labels, head, everyone, np.array([pull], np.float32), steps=steps, rate=rate)[0]
+    return fitted
+
+
+def best_pull(features: Matrix, labels: Labels, head: Vector, *, steps: int, rate: float) -> float:
+    """Of `PULLS`, and infinity for the head as it came, what predicts samples best that it was not fitted to.
+
+    By cross-validation over `FOLDS` parts of the samples, alike in their labels; what ties goes to the stronger pull.
+    Theta has seen all of them, and a head that never left the device has, too, which speaks for the head as it came.
+    No single tau would do: 10 to 20 images of a MNIST writer want 0.1 or nothing, 450 CIFAR-10 images of five classes
+    10 to 100, for 4 points of accuracy over 0.1.
+    """
+    if len(labels) < FOLDS:
+        return math.inf
+    folds = _folds(labels)
+    among = np.array([fold for _ in PULLS for fold in range(FOLDS)])
+    fitted = _fit(
+        features,
+        labels,
+        head,
+        (folds != among[:, None]).astype(np.float32),
+        np.repeat(np.array(PULLS, np.float32), FOLDS),
+        steps=steps,
+        rate=rate,
+    )
+    lost = {math.inf: cross_entropy(features, labels, head) * len(labels)}
+    for fold, pull, candidate in zip(among, np.repeat(PULLS, FOLDS).tolist(), fitted, strict=True):
+        held = folds == fold
+        lost[pull] = lost.get(pull, 0.0) + cross_entropy(features[held], labels[held], candidate) * int(held.sum())
+    return min(lost, key=lambda pull: (lost[pull], -pull))
+
+
+def _folds(labels: Labels) -> NDArray[np.int64]:
+    """(n,) in 0 .. FOLDS - 1, n >= FOLDS: each label's samples are dealt out in turn, in an order by lot."""
+    order = np.lexsort((np.random.default_rng(0).random(labels.size), labels))
+    folds = np.empty(labels.size, np.int64)
+    folds[order] = np.arange(labels.size) % FOLDS
+    return folds
+
+
+def _fit(
+    features: Matrix, labels: Labels, head: Vector, weights: Matrix, pulls: Vector, *, steps: int, rate: float
+) -> Matrix:
+    """(m, h): heads fitted from `head`, each to samples weighted by a row of weights (m, n), with its pull of (m,).
+
+    All at once: with few samples it is the calls that cost. No more of them than keep the scores in bounded memory.
+    """
+    most = max(1, _SCORES // (len(labels) * _classes(features, head)))
+    parts = [slice(first, first + most) for first in range(0, len(pulls), most)]
+    return np.concatenate(
+        [_fit_together(features, labels, head, weights[part], pulls[part], steps=steps, rate=rate) for part in parts]
+    )
+
+
+def _fit_together(
+    features: Matrix, labels: Labels, head: Vector, weights: Matrix, pulls: Vector, *, steps: int, rate: float
+) -> Matrix:
+    fitted: Matrix = np.repeat(head[None], len(pulls), axis=0)
+    shares = weights / weights.sum(axis=1, keepdims=True)
+    strengths = (pulls / weights.sum(axis=1))[:, None]
     first, second = np.zeros_like(fitted), np.zeros_like(fitted)
     for step in range(1, steps + 1):
-        gradient = _gradient(features, labels, fitted) + np.float32(pull / len(labels)) * (fitted - head)
+        gradient = _gradients(features, labels, fitted, shares) + strengths * (fitted - head)
         first += (1.0 - FIRST_MOMENT) * (gradient - first)
         second += (1.0 - SECOND_MOMENT) * (gradient**2 - second)
         spread = np.sqrt(second / (1.0 - SECOND_MOMENT**step)) + SMALLEST
         fitted -= rate / (1.0 - FIRST_MOMENT**step) * first / spread
     return fitted
+
+
+def _classes(features: Matrix, head: Vector) -> int:
+    return head.size // (features.shape[1] + 1)
 
 
 def _split(head: Vector, features: int) -> tuple[Matrix, Vector]:
@@ -66,17 +141,20 @@ def _split(head: Vector, features: int) -> tuple[Matrix, Vector]:
 
 
 def _softmax(scores: Matrix) -> Matrix:
-    shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
-    chances: Matrix = shifted / shifted.sum(axis=1, keepdims=True)
+    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    chances: Matrix = shifted / shifted.sum(axis=-1, keepdims=True)
     return chances
 
 
-def _gradient(features: Matrix, labels: NDArray[np.int64], head: Vector) -> Vector:
-    """Of the mean cross-entropy plus DECAY |head|^2, (h,)."""
-    errors = _softmax(logits(features, head))
-    errors[np.arange(len(labels)), labels] -= 1.0
-    errors /= len(labels)
-    weight = (errors.T @ features).reshape(-1)
-    gradient: Vector = np.concatenate([weight, errors.sum(axis=0)])
-    gradient += 2.0 * DECAY * head
-    return gradient
+def _gradients(features: Matrix, labels: Labels, heads: Matrix, shares: Matrix) -> Matrix:
+    """(m, h): of the cross-entropy of samples that count by shares (m, n), plus DECAY |head|^2, at heads (m, h)."""
+    many, classes = len(heads), _classes(features, heads[0])
+    weight = heads[:, :-classes].reshape(many * classes, -1)
+    scores = (features @ weight.T).reshape(len(labels), many, classes) + heads[:, -classes:]
+    errors = _softmax(scores)
+    errors[np.arange(len(labels)), :, labels] -= 1.0
+    errors *= shares.T[:, :, None]
+    slopes = errors.reshape(len(labels), -1).T @ features
+    gradients: Matrix = np.concatenate([slopes.reshape(many, -1), errors.sum(axis=0)], axis=1)
+    gradients += 2.0 * DECAY * heads
+    return gradients

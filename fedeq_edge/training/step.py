@@ -62,7 +62,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     proven to need, in the unit of its certificate. None: all that it affords.
     refit_steps: Adam steps on cached equilibrium features when a head is fitted (`refit_rate` its step size).
     refit_pull: tau of a prior of variance 1 / tau around the head that a device got, for the head of its personal
-    model: with few samples it stays there, with many it has no weight (refit.py); 0: none.
+    model: with few samples it stays there, with many it has no weight (refit.py); 0: none. None: each device chooses,
+    by cross-validation on its training samples, and keeps the head that it got where that predicts better.
     alone_rounds: how many rounds' steps a model gets that is trained without exchange: that of a method that has none,
     Ditto's, and what compare_local compares with. None: as many as a device is asked for on average (`for_share`).
     compare_local: at the end, train alone from the same start with the same number of steps, for comparison.
@@ -86,7 +87,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     accuracy: float | None = None
     refit_steps: int = 100
     refit_rate: float = 0.01
-    refit_pull: float = 0.1
+    refit_pull: float | None = None
     alone_rounds: int | None = None
     compare_local: bool = False
 
@@ -202,7 +203,7 @@ def _check_amounts(plan: Plan) -> None:
         if limit is not None and not 0.0 < limit < math.inf:
             raise ConfigError(f"train.{name} is {limit}; give a finite number above 0, or leave it out")
     for name in ("weight_decay", "jacobian_penalty", "refit_pull"):
-        if not 0.0 <= getattr(plan, name) < math.inf:
+        if not 0.0 <= (getattr(plan, name) or 0.0) < math.inf:
             raise ConfigError(f"train.{name} is {getattr(plan, name)}; give a finite number, 0 for none")
     if not (0.0 <= plan.momentum < 1.0 and 0.0 <= plan.adjoint_ratio <= 1.0):
         raise ConfigError("train.momentum must be in [0, 1), adjoint_ratio in [0, 1]")

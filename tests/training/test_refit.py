@@ -29,7 +29,8 @@ def test_the_gradient_is_that_of_the_decayed_cross_entropy() -> None:
         return (objective(head + nudge) - objective(head - nudge)) / 2e-4
 
     expected = [slope(index) for index in range(18)]
-    np.testing.assert_allclose(refit._gradient(features, labels, head), expected, atol=1e-5)
+    found = refit._gradients(features, labels, np.stack([zeros(), head]), np.full((2, 60), 1 / 60, np.float32))
+    np.testing.assert_allclose(found[1], expected, atol=1e-5)
 
 
 def test_a_refit_lowers_the_loss_and_leaves_the_given_head_alone() -> None:
@@ -84,3 +85,55 @@ def test_as_many_steps_as_asked_for_are_made(steps: int) -> None:
     moved = refit.fit_head(features, labels, zeros(), steps=steps, rate=0.01)
     # Adam's first step has the size of the rate wherever there is a gradient; balanced classes leave the biases none
     np.testing.assert_allclose(np.abs(moved[:15]), 0.01 * steps, rtol=1e-3)
+
+
+def noisy(samples: int, signal: float) -> tuple[refit.Matrix, np.ndarray, np.ndarray]:
+    """Samples of 3 classes, of whose 40 features the first 3 tell the class, and a head that reads these alone."""
+    generator = np.random.default_rng(5)
+    labels = generator.integers(0, 3, samples)
+    features = generator.normal(size=(samples, 40)).astype(np.float32)
+    features[np.arange(samples), labels] += signal
+    head = zeros(features=40)
+    head[[0, 41, 82]] = 1.5
+    return features, labels, head
+
+
+def test_a_head_that_fits_already_is_left_as_it_came_where_samples_are_few() -> None:
+    features, labels, head = noisy(samples=20, signal=2.0)
+    assert refit.best_pull(features, labels, head, steps=100, rate=0.01) >= 10.0
+    kept = refit.fit_head(features, labels, head, steps=100, rate=0.01, pull=None)
+    assert float(np.linalg.norm(kept - head)) < 0.3 * float(np.linalg.norm(head))
+
+
+def test_a_head_of_other_labels_is_fitted_anew() -> None:
+    features, labels, head = noisy(samples=300, signal=2.0)
+    turned = (labels + 1) % 3
+    assert refit.best_pull(features, turned, head, steps=100, rate=0.05) <= 10.0
+    fitted = refit.fit_head(features, turned, head, steps=100, rate=0.05, pull=None)
+    assert refit.accuracy(features, turned, head) < 0.3
+    assert refit.accuracy(features, turned, fitted) > 0.85
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_too_few_samples_to_choose_by_leave_the_head_as_it_came(samples: int) -> None:
+    features, labels, head = noisy(samples=samples, signal=2.0)
+    fitted = refit.fit_head(features, labels, head, steps=100, rate=0.01, pull=None)
+    np.testing.assert_array_equal(fitted, head)
+    assert fitted is not head
+
+
+def test_no_memory_bound_changes_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels, head = noisy(samples=50, signal=0.5)
+    together = refit.fit_head(features, labels, head, steps=50, rate=0.05, pull=None)
+    assert float(np.abs(together - head).max()) > 0.0
+    monkeypatch.setattr(refit, "_SCORES", 1)
+    one_by_one = refit.fit_head(features, labels, head, steps=50, rate=0.05, pull=None)
+    np.testing.assert_allclose(one_by_one, together, atol=1e-6)
+
+
+def test_every_label_is_in_every_fold() -> None:
+    labels = np.repeat(np.arange(4), 6)
+    folds = refit._folds(labels)
+    assert {(label, fold) for label, fold in zip(labels, folds, strict=True)} == {
+        (label, fold) for label in range(4) for fold in range(refit.FOLDS)
+    }
