@@ -132,7 +132,7 @@ def _fit_together(
 
 
 def _classes(features: Matrix, head: Vector) -> int:
-    return head.size // (features.shape[1] + 1)
+    return int(head.size // (features.shape[1] + 1))
 
 
 def _split(head: Vector, features: int) -> tuple[Matrix, Vector]:

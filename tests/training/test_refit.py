@@ -134,6 +134,4 @@ def test_no_memory_bound_changes_what_is_chosen(monkeypatch: pytest.MonkeyPatch)
 def test_every_label_is_in_every_fold() -> None:
     labels = np.repeat(np.arange(4), 6)
     folds = refit._folds(labels)
-    assert {(label, fold) for label, fold in zip(labels, folds, strict=True)} == {
-        (label, fold) for label in range(4) for fold in range(refit.FOLDS)
-    }
+    assert all(sorted(folds[labels == label]) == [0, 0, 1, 1, 2, 2] for label in range(4))
