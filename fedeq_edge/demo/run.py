@@ -200,7 +200,7 @@ def _time_to_train(spec: ModelSpec, plan: Plan, samples: int, backend: BackendNa
     It depends on this host, as the boards' speeds are relative to it; in the field it is a setting.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: a board is emulated on one core
-    opened = open_backend(backend, spec, plan)
+    opened = open_backend(backend, spec, plan.for_model(spec))
     steps = plan.epochs * steps_per_epoch(samples, plan.batch)
     step_s = mean_step_seconds(calibrate_model(opened, plan), sorted(plan.budgets)[:2], plan.adjoint_ratio)
     slowest = max(1.0 / load_profile(board).relative_speed for board in PROFILES)

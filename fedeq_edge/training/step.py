@@ -51,7 +51,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     unrolled = 1. Devices with backend onnx decline.
     microbatch: at most so many samples of a batch are differentiated at once, 0: all of them. The step is that of the
     whole batch to rounding, as every sample is solved and normalised by itself; what the gradient keeps of the forward
-    pass is of so many. Kept evenly: 32 by at most 12 are 10, 11 and 11. None: as suits the model (`for_model`).
+    pass is of so many. Kept evenly: 32 by at most 12 are 10, 11 and 11. None: `for_model` sets it, as each federation does; all.
     jacobian_penalty: lambda of the term lambda / d |J^T eps|^2 in the loss (algorithm.md, section 3), for cells without
     certificate; 0: none. Above 0 each step makes one evaluation with graph beyond its K, and its double backward, which
     doubles a step of K = 6; calibration measures it, so it counts against compute_s. Devices with backend onnx decline.
@@ -110,7 +110,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """
         if self.microbatch is not None:
             return self
-        most = _AT_ONCE_BYTES // (spec.widest_bytes * max(1, self.unrolled))
+        kept = max(1, min(self.unrolled, max(self.budgets)))
+        most = _AT_ONCE_BYTES // (kept * spec.widest_bytes)
         return msgspec.structs.replace(self, microbatch=0 if most >= self.batch else max(1, most))
 
 
@@ -150,7 +151,7 @@ class LocalResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Personal(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's own model after the federation: consensus theta with a head refitted on its data.
+    """A device's own model after the federation: consensus theta with a head refitted on its data where that helps.
 
     accuracy_*: on the test part, NaN without one. budget: the middle of the K that it affords. certificate: what is
     proven of theta after that K, None without a proof.

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from fedeq_edge.errors import SolverError
 from fedeq_edge.training import refit
 
 
@@ -114,6 +115,26 @@ def test_a_head_of_other_labels_is_fitted_anew() -> None:
     assert refit.accuracy(features, turned, fitted) > 0.85
 
 
+def test_what_is_chosen_by_a_part_of_many_samples_is_fitted_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels, head = noisy(samples=300, signal=2.0)
+    turned = (labels + 1) % 3
+    monkeypatch.setattr(refit, "MOST_SAMPLES", 90)
+    pull = refit.best_pull(features, turned, head, steps=100, rate=0.05)
+    assert pull <= 10.0
+    chosen, set_for_all = (
+        refit.fit_head(features, turned, head, steps=100, rate=0.05, pull=given) for given in (None, pull)
+    )
+    np.testing.assert_array_equal(chosen, set_for_all)
+
+
+@pytest.mark.parametrize("pull", [None, 0.1])
+def test_a_feature_that_is_not_finite_is_refused(pull: float | None) -> None:
+    features, labels, head = noisy(samples=30, signal=2.0)
+    features[7, 3] = np.inf
+    with pytest.raises(SolverError, match="a feature is not finite"):
+        refit.fit_head(features, labels, head, steps=5, rate=0.05, pull=pull)
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_too_few_samples_to_choose_by_leave_the_head_as_it_came(samples: int) -> None:
     features, labels, head = noisy(samples=samples, signal=2.0)
@@ -126,7 +147,7 @@ def test_no_memory_bound_changes_what_is_chosen(monkeypatch: pytest.MonkeyPatch)
     features, labels, head = noisy(samples=50, signal=0.5)
     together = refit.fit_head(features, labels, head, steps=50, rate=0.05, pull=None)
     assert float(np.abs(together - head).max()) > 0.0
-    monkeypatch.setattr(refit, "_SCORES", 1)
+    monkeypatch.setattr(refit, "_AT_ONCE", 1)
     one_by_one = refit.fit_head(features, labels, head, steps=50, rate=0.05, pull=None)
     np.testing.assert_allclose(one_by_one, together, atol=1e-6)
 
