@@ -116,7 +116,7 @@ def _fit(
 ) -> Matrix:
     """(m, h): heads fitted from `head`, each to samples weighted by a row of weights (m, n), with its pull of (m,).
 
-    All at once: with few samples it is the calls that cost. No more of them than keep scores and heads in bounded memory.
+    All at once: with few samples it is the calls that cost. No more of them than bounded memory holds.
     """
     most = max(1, _AT_ONCE // max(len(labels) * _classes(features, head), head.size))
     parts = [slice(first, first + most) for first in range(0, len(pulls), most)]

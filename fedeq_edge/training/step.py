@@ -51,7 +51,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     unrolled = 1. Devices with backend onnx decline.
     microbatch: at most so many samples of a batch are differentiated at once, 0: all of them. The step is that of the
     whole batch to rounding, as every sample is solved and normalised by itself; what the gradient keeps of the forward
-    pass is of so many. Kept evenly: 32 by at most 12 are 10, 11 and 11. None: `for_model` sets it, as each federation does; all.
+    pass is of so many. Kept evenly: 32 by at most 12 are 10, 11 and 11. None: all, until `for_model` has set it, as
+    each federation does.
     jacobian_penalty: lambda of the term lambda / d |J^T eps|^2 in the loss (algorithm.md, section 3), for cells without
     certificate; 0: none. Above 0 each step makes one evaluation with graph beyond its K, and its double backward, which
     doubles a step of K = 6; calibration measures it, so it counts against compute_s. Devices with backend onnx decline.
