@@ -63,8 +63,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     proven to need, in the unit of its certificate. None: all that it affords.
     refit_steps: Adam steps on cached equilibrium features when a head is fitted (`refit_rate` its step size).
     refit_pull: tau of a prior of variance 1 / tau around the head that a device got, for the head of its personal
-    model: with few samples it stays there, with many it has no weight (refit.py); 0: none. None: each device chooses,
-    by cross-validation on its training samples, and keeps the head that it got where that predicts better.
+    model: with few samples it stays there, with many it has no weight (refit.py); 0: none. None: 0.1, unless
+    cross-validation on a device's training samples says clearly that another, or the head that it got, predicts better.
     alone_rounds: how many rounds' steps a model gets that is trained without exchange: that of a method that has none,
     Ditto's, and what compare_local compares with. None: as many as a device is asked for on average (`for_share`).
     compare_local: at the end, train alone from the same start with the same number of steps, for comparison.
