@@ -115,19 +115,22 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Shape of one sample's state z."""
-        lengths = self.input_shape[1:]
+        return self._stem_shapes[-1] if self.stem_stages else (self.channels,)
+
+    @property
+    def _stem_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of one sample after each stage of the stem."""
+        shapes, lengths = list[tuple[int, ...]](), self.input_shape[1:]
         for stage in self.stem_stages:
             lengths = tuple(stage.length(length) for length in lengths)
-        return (self.channels, *lengths)
+            shapes.append((stage.outputs, *lengths))
+        return shapes
 
     @property
     def widest_bytes(self) -> int:
         """Bytes of the widest float32 tensor that a convolution or cell computes of one sample."""
-        lengths, widest = self.input_shape[1:], max(self.channels, self.inner) * prod(self.state_shape[1:])
-        for stage in self.stem_stages:
-            lengths = tuple(stage.length(length) for length in lengths)
-            widest = max(widest, stage.outputs * prod(lengths))
-        return 4 * widest
+        inner = (self.inner, *self.state_shape[1:])
+        return 4 * max(map(prod, (*self._stem_shapes, self.state_shape, inner)))
 
     @property
     def pool_windows(self) -> tuple[tuple[int, int], ...]:

@@ -39,7 +39,7 @@ from fedeq_edge.wire import coding
 from fedeq_edge.wire.topics import check_identifier
 
 _STUDIES: Final = "fedeq_edge.simulation.studies"
-_ARRAYS: Final = {"x": "x", "y": "y", "client": "client", "test": None, "where": None, "classes": None}
+_OF_A_FILE: Final = ("x", "y", "client", "test", "where", "classes")  # keys of [data] that are about its arrays
 
 
 class DataTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,7 +75,8 @@ class DataTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError(f"data.clients is {self.clients}; give at least 1")
         if self.seed < 0:
             raise ConfigError(f"data.seed is {self.seed}; give a number from 0")
-        named = [key for key, default in _ARRAYS.items() if getattr(self, key) != default]
+        defaults = {field.name: field.default for field in msgspec.structs.fields(self)}
+        named = [key for key in _OF_A_FILE if getattr(self, key) != defaults[key]]
         if self.file == "digits" and named:
             raise ConfigError(f"data.{named[0]} is about arrays of a file, and the digits have none; leave it out")
         if isinstance(self.unseen, int) and self.unseen < 0:

@@ -123,7 +123,7 @@ def _fit(
 
     All at once: with few samples it is the calls that cost. No more of them than bounded memory holds.
     """
-    most = max(1, _AT_ONCE // max(len(labels) * _classes(features, head), head.size))
+    most = max(1, _AT_ONCE // max(len(labels) * _classes(features.shape[1], head), head.size))
     parts = [slice(first, first + most) for first in range(0, len(pulls), most)]
     return np.concatenate(
         [_fit_together(features, labels, head, weights[part], pulls[part], steps=steps, rate=rate) for part in parts]
@@ -146,12 +146,12 @@ def _fit_together(
     return fitted
 
 
-def _classes(features: Matrix, head: Vector) -> int:
-    return int(head.size // (features.shape[1] + 1))
+def _classes(features: int, head: Vector) -> int:
+    return int(head.size // (features + 1))
 
 
 def _split(head: Vector, features: int) -> tuple[Matrix, Vector]:
-    classes = head.size // (features + 1)
+    classes = _classes(features, head)
     return head[:-classes].reshape(classes, features), head[-classes:]
 
 
@@ -163,7 +163,7 @@ def _softmax(scores: Matrix) -> Matrix:
 
 def _gradients(features: Matrix, labels: Labels, heads: Matrix, shares: Matrix) -> Matrix:
     """(m, h): of the cross-entropy of samples that count by shares (m, n), plus DECAY |head|^2, at heads (m, h)."""
-    many, classes = len(heads), _classes(features, heads[0])
+    many, classes = len(heads), _classes(features.shape[1], heads[0])
     weight = heads[:, :-classes].reshape(many * classes, -1)
     scores = (features @ weight.T).reshape(len(labels), many, classes) + heads[:, -classes:]
     errors = _softmax(scores)

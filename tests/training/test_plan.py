@@ -49,11 +49,8 @@ def test_a_plan_that_no_device_could_carry_out_is_refused(field: str, value: obj
         (published(IMAGE, 10, "M"), 0, 4),  # 256 channels of 32 x 32 are a MiB a sample
         (published(IMAGE, 10, "S"), 0, 8),
         (published(IMAGE, 10, "S"), 3, 2),  # each of the evaluations is kept
-        (
-            ModelSpec(input_shape=IMAGE, classes=10, cell="residual", channels=8),
-            100,
-            10,
-        ),  # no more than K = 12 are there
+        # no more than K = 12 are there
+        (ModelSpec(input_shape=IMAGE, classes=10, cell="residual", channels=8), 100, 10),
         (published((3, 256, 256), 10, "M"), 0, 1),  # less than one sample is none
         (ModelSpec(input_shape=(3, 64, 64), classes=10, cell="residual", stem_width=64, stem_stride=2), 0, 16),
         (recommend(IMAGE, 10)[0], 0, 0),
