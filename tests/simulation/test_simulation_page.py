@@ -200,19 +200,22 @@ def test_finished_results_are_drawn_again_without_running_and_to_the_same_bytes(
 
 
 def test_a_run_that_is_stopped_leaves_a_page_that_names_what_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "pages.toml").write_text(EXPERIMENT)
+    alone = 'name = "alone"\nmethod = { preset = "local" }'
+    assert alone in EXPERIMENT
+    endless = EXPERIMENT.replace(alone, 'name = "endless"\ntrain = { rounds = 100000 }')
+    (tmp_path / "pages.toml").write_text(endless)
     command = [sys.executable, "-m", "fedeq_edge", *COMMAND, "--workers", "1", "--report", "page.html"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as going:
         assert going.stderr is not None
-        next(line for line in going.stderr if line.startswith("run 2/4"))
+        next(line for line in going.stderr if line.startswith("run 3/4"))
         going.send_signal(signal.SIGINT)
         told = going.stderr.read()
         assert going.wait(60) == 130
-    assert "report: page.html, 3 of 4 runs missing" in told
+    assert "report: page.html, 2 of 4 runs missing" in told
     words = text((tmp_path / "page.html").read_text())
-    assert "This page is not of the whole experiment: 3 of 4 runs are missing." in words
-    assert re.search(r"not begun: (ours seed 1, )?alone seed 0, alone seed 1", words)
-    assert re.search(r"not (finished|begun): ours seed 1", words)
+    assert "This page is not of the whole experiment: 2 of 4 runs are missing." in words
+    assert re.search(r"not begun: (endless seed 0, )?endless seed 1", words)
+    assert re.search(r"not (finished|begun): endless seed 0", words)
 
 
 def test_what_has_finished_is_told_without_running_anything_and_what_has_not_as_well(
