@@ -169,8 +169,10 @@ class Fleet:
         return {"round": 0, "contributed": [], "online": [], "broker": "", "refusals": {}, "status": ""}
 
     def agent_status(self, device: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / device / "state" / "status.json").read_text())
-        return found
+        with contextlib.suppress(FileNotFoundError):
+            found: dict[str, Any] = json.loads((self.folder / device / "state" / "status.json").read_text())
+            return found
+        return {"doing": "", "pending_bytes": 0}
 
     def rounds(self) -> list[dict[str, Any]]:
         return [line for line in history(self.folder / "state") if line["kind"] == "round"]
