@@ -163,16 +163,25 @@ class Fleet:
             time.sleep(0.01)
 
     def status(self) -> dict[str, Any]:
-        with contextlib.suppress(FileNotFoundError):
-            found: dict[str, Any] = json.loads((self.folder / "state" / "status.json").read_text())
-            return found
-        return {"round": 0, "contributed": [], "online": [], "broker": "", "refusals": {}, "status": ""}
+        return self._told(self.folder) or {
+            "round": 0,
+            "contributed": [],
+            "online": [],
+            "broker": "",
+            "refusals": {},
+            "status": "",
+        }
 
     def agent_status(self, device: str) -> dict[str, Any]:
+        return self._told(self.folder / device) or {"doing": "", "pending_bytes": 0}
+
+    @staticmethod
+    def _told(part: Path) -> dict[str, Any] | None:
+        """What this part has written of itself; None where it has not yet."""
         with contextlib.suppress(FileNotFoundError):
-            found: dict[str, Any] = json.loads((self.folder / device / "state" / "status.json").read_text())
+            found: dict[str, Any] = json.loads((part / "state" / "status.json").read_text())
             return found
-        return {"doing": "", "pending_bytes": 0}
+        return None
 
     def rounds(self) -> list[dict[str, Any]]:
         return [line for line in history(self.folder / "state") if line["kind"] == "round"]

@@ -55,6 +55,26 @@ def test_a_slow_link_delivers_without_losing_its_connection(
     assert "disconnected" not in (fleet.folder / "a" / "agent.log").read_text()
 
 
+def test_half_a_megabyte_comes_down_over_a_link_that_flaps(
+    make_fleet: "MakeFleet", shared_mosquitto: "RealMosquitto"
+) -> None:
+    """64 kB/s, cut every 2 s: a fifth of the consensus fits between two cuts."""
+    fleet = make_fleet(shared_mosquitto.port, devices=("a",), channels=350, codec="f32", rounds=1, **SLOW)
+    link = fleet.links["a"]
+    link.conditions.rate = 64_000.0
+    link.flap(2.0)
+    fleet.hold("a")
+    fleet.start()
+    fleet.until(lambda: fleet.agent_status("a")["doing"] == "training", "the device has its task and its consensus")
+    came, cuts = link.sent["down"], link.cuts
+    link.flap(None)
+    link.conditions.rate = None
+    fleet.release("a")
+    assert fleet.finish().contributions == 1
+    assert cuts >= 3
+    assert 490_000 < came < 1.5 * 490_000, f"{came} bytes over {cuts} cuts"
+
+
 def test_a_megabyte_arrives_over_a_link_that_flaps_with_less_than_a_fifth_more_bytes(
     make_fleet: "MakeFleet", shared_mosquitto: "RealMosquitto"
 ) -> None:
@@ -68,12 +88,12 @@ def test_a_megabyte_arrives_over_a_link_that_flaps_with_less_than_a_fifth_more_b
     fleet.release("a")
     fleet.until(lambda: fleet.agent_status("a")["pending_bytes"] > 0, "the contribution is made")
     size = fleet.agent_status("a")["pending_bytes"]
-    before = link.sent["up"], link.cuts
+    sent_before, cuts_before = link.sent["up"], link.cuts
     link.conditions.rate = 64_000.0
     link.flap(2.0)
     link.plug()
     fleet.until_round(1)
-    spent, cuts = link.sent["up"] - before[0], link.cuts - before[1]
+    spent, cuts = link.sent["up"] - sent_before, link.cuts - cuts_before
     link.flap(None)
     link.conditions.rate = None
     fleet.finish()
