@@ -167,17 +167,18 @@ class ResidualCell(nn.Module):
         self.norm2 = _norm(spec, spec.channels)
         self.norm3 = _norm(spec, spec.channels)
         self._activation = _ACTIVATIONS[spec.activation]
+        self._damping = spec.damping
 
     def start(self, injection: Tensor) -> Tensor:
         """u, as published."""
         return injection
 
     def step(self, z: Tensor, injection: Tensor) -> Tensor:
-        """One pass of the block."""
+        """One pass of the block, and the share `damping` of the way there."""
         hidden = self.norm1(self._activation(self.conv1(z)))
         update = self.norm2(injection + self.conv2(hidden))
         z_next: Tensor = self.norm3(self._activation(z + update))
-        return z_next
+        return z_next if self._damping == 1.0 else z.lerp(z_next, self._damping)
 
 
 def build_stem(spec: ModelSpec) -> AffineStem | TwoStageStem:

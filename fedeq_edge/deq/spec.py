@@ -51,6 +51,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
            monotone: z = relu(W z + u), dense, eigenvalues of (W + W') / 2 at most `radius` < 1, hence well posed with
            |W| of any size. z0 = relu(a u), each evaluation goes the share a (wellposed.py) of the way.
            residual: the published block z = GN(act(z + GN(u + conv(GN(act(conv z)))))), no convolution bias; z0 = u.
+    damping: of a residual cell: each evaluation goes this share of the way to the block's answer, which moves no fixed
+           point (algorithm.md section 1 (c)); 1 is the published block.
     norm:  of a contractive cell. max: l1 norms of the rows of W, over taps and input channels, that is |W|_inf.
            spectral: largest singular values, added up over the taps. Rows are cheaper to project; the spectral ball
            holds matrices whose rows are up to sqrt(channels) times longer.
@@ -74,6 +76,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     groups: int = 8
     radius: float | None = 0.9
     norm: CellNorm = "max"
+    damping: float = 1.0
     stem_kernel: int = 3
     stem_stride: int = 1
     stem_width: int | None = None
@@ -216,6 +219,12 @@ def _check_kind(spec: ModelSpec) -> None:
         )
     if spec.cell == "monotone" and spec.radius is None:
         raise ConfigError('model: a monotone cell needs a radius below 1; for a free one use cell = "contractive"')
+    if not 0.0 < spec.damping <= 1.0:
+        raise ConfigError(
+            f"model: damping is {spec.damping}; choose 0 < damping <= 1, the share of the way per evaluation"
+        )
+    if spec.cell != "residual" and spec.damping != 1.0:
+        raise ConfigError(f'model: damping = {spec.damping} belongs to cell = "residual"; remove it or change the cell')
     if spec.cell != "contractive" and spec.norm != "max":
         raise ConfigError(f'model: norm = "{spec.norm}" belongs to cell = "contractive"; remove it or change the cell')
 

@@ -158,7 +158,12 @@ def _residual_block(part: Part, spec: ModelSpec, weights: Weights) -> None:
     update = part.apply("Add", "injection", hidden)
     update = _group_norm(part, spec, weights, "cell.norm2", update, lengths)
     hidden = part.apply(activation, part.apply("Add", "z", update))
-    _group_norm(part, spec, weights, "cell.norm3", hidden, lengths, name="f")
+    if spec.damping == 1.0:
+        _group_norm(part, spec, weights, "cell.norm3", hidden, lengths, name="f")
+        return
+    image = _group_norm(part, spec, weights, "cell.norm3", hidden, lengths)
+    damping = part.constant(np.array(spec.damping, dtype=np.float32))
+    part.apply("Add", "z", part.apply("Mul", part.apply("Sub", image, "z"), damping), name="f")
 
 
 def _pooled(part: Part, spec: ModelSpec) -> str:

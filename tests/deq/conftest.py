@@ -21,6 +21,7 @@ SPECS = {
     "residual sequence": ModelSpec(
         input_shape=(2, 16), classes=3, cell="residual", channels=8, inner_channels=12, groups=4, pool=2
     ),
+    "damped sequence": ModelSpec(input_shape=(2, 16), classes=3, cell="residual", damping=0.9, channels=8, groups=4),
     "residual image": ModelSpec(
         input_shape=(1, 8, 8), classes=4, cell="residual", activation="softplus", channels=8, groups=2, pool=2
     ),

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -278,6 +279,18 @@ def group_norm(states: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Ten
     variance = ((grouped - mean) ** 2).mean(dim=2, keepdim=True)
     normed = ((grouped - mean) / torch.sqrt(variance + 1e-5)).reshape(states.shape)
     return normed * weight[:, None, None] + bias[:, None, None]
+
+
+def test_a_damped_cell_goes_its_share_of_the_way_of_the_published_block() -> None:
+    spec = ModelSpec(input_shape=(2, 16), classes=3, cell="residual", channels=8, groups=4)
+    block, damped = (DEQ(msgspec.structs.replace(spec, damping=share), dtype=torch.float64) for share in (1.0, 0.25))
+    theta, head = initial(spec, 0)
+    for model in (block, damped):
+        model.load(theta, head)
+    generator = torch.Generator().manual_seed(0)
+    z, x = torch.randn(2, 3, 8, 16, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(damped.cell.step(z, x) - z, 0.25 * (block.cell.step(z, x) - z))
 
 
 def test_the_residual_cell_is_the_published_block() -> None:

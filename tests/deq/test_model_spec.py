@@ -46,10 +46,10 @@ def test_a_spec_survives_the_wire_and_refuses_unknown_fields() -> None:
         msgspec.json.decode(b'{"input_shape": [4], "classes": 2, "chanels": 8}', type=ModelSpec)
 
 
-def test_a_spec_written_before_there_were_norms_and_monotone_cells_means_what_it_meant() -> None:
+def test_a_spec_written_before_there_were_norms_monotone_and_damped_cells_means_what_it_meant() -> None:
     old = b'{"input_shape":[9,128],"classes":6,"cell":"contractive","channels":32,"radius":0.9,"stem_kernel":12}'
     spec = msgspec.json.decode(old, type=ModelSpec)
-    assert (spec.cell, spec.norm, spec.radius) == ("contractive", "max", 0.9)
+    assert (spec.cell, spec.norm, spec.radius, spec.damping) == ("contractive", "max", 0.9, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,10 @@ def test_a_spec_written_before_there_were_norms_and_monotone_cells_means_what_it
         ({"input_shape": (1, 2, 3, 4)}, "shape of one sample"),
         ({"input_shape": ()}, "shape of one sample"),
         ({"classes": 1}, "at least 2"),
+        ({"input_shape": (1, 8), "cell": "residual", "damping": 0.0}, "damping is 0.0; choose 0 < damping <= 1"),
+        ({"input_shape": (1, 8), "cell": "residual", "damping": 1.5}, "damping is 1.5; choose 0 < damping <= 1"),
+        ({"input_shape": (1, 8), "cell": "residual", "damping": float("nan")}, "damping is nan"),
+        ({"damping": 0.5}, r'damping = 0.5 belongs to cell = "residual"'),
         ({"channels": 0}, "channels is 0"),
         ({"stem_stride": 0}, "stem_stride is 0"),
         ({"inner_channels": -1}, "inner_channels is -1"),

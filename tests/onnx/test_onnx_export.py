@@ -40,6 +40,9 @@ SPECS = {
         input_shape=(1, 28, 28), classes=10, channels=16, groups=4, stem_kernel=5, stem_stride=2, stem_width=8, pool=2
     ),
     "residual relu": ModelSpec(input_shape=(1, 8, 8), classes=10, cell="residual", channels=16, groups=4, pool=2),
+    "residual damped": ModelSpec(
+        input_shape=(1, 8, 8), classes=10, cell="residual", damping=0.6, channels=16, groups=4, pool=2
+    ),
     "residual softplus": ModelSpec(
         input_shape=(4, 16), classes=3, cell="residual", activation="softplus", channels=8, inner_channels=16, groups=4
     ),

@@ -45,6 +45,16 @@ SPECS = {
     "residual sequence": ModelSpec(
         input_shape=(3, 64), classes=4, cell="residual", channels=16, groups=4, stem_kernel=12, stem_stride=4
     ),
+    "residual sequence, damped": ModelSpec(
+        input_shape=(3, 32),
+        classes=4,
+        cell="residual",
+        damping=0.6,
+        channels=16,
+        groups=4,
+        stem_kernel=12,
+        stem_stride=4,
+    ),
     "residual sequence, two-stage stem": ModelSpec(
         input_shape=(2, 40),
         classes=3,
